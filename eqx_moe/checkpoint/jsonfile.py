@@ -1,0 +1,117 @@
+"""Strict JSON: what Python's parser lets through or dies of is refused, with the file named."""
+
+import codecs
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+from eqx_moe.checkpoint.files import open_plain
+from eqx_moe.errors import CheckpointError, quote
+
+# What kind of file -> the family of its error codes, the most bytes it may have.
+_KINDS = {
+    "config": ("CFG", 8_000_000),
+    "generation config": ("CFG", 8_000_000),
+    "index": ("IDX", 100_000_000),
+    "tokenizer": ("TOK", 512_000_000),
+}
+_MAX_DEPTH = 64
+_MAX_DIGITS = 20  # 2**64 - 1 has twenty.
+
+
+class JSONProblem(ValueError):
+    """Text is not one strict JSON object; the message says why. `parse_object`'s callers add the file."""
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """One JSON object in UTF-8: no key twice, no NaN or Infinity, no number past float64, no integer past 20 digits, at
+    most 64 levels deep.
+
+    Raises:
+        JSONProblem: it is anything else.
+    """
+    try:
+        value = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_constant=_constant,
+            parse_int=_integer,
+            parse_float=_float,
+        )
+    except UnicodeDecodeError as error:
+        raise JSONProblem(f"bytes that are not UTF-8 at position {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise JSONProblem(f"no JSON: {error.msg} at line {error.lineno} column {error.colno}") from error
+    except RecursionError as error:
+        raise JSONProblem(f"more than {_MAX_DEPTH} levels of nesting") from error
+    if not isinstance(value, dict):
+        raise JSONProblem(f"a JSON {type(value).__name__}, not an object")
+    level: list[Any] = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [child for node in level for child in _children(node)]
+    if level:
+        raise JSONProblem(f"more than {_MAX_DEPTH} levels of nesting")
+    return value
+
+
+def read_json(path: str | os.PathLike, what: str = "config", *, doing: str = "loading model") -> dict[str, Any]:
+    """The object in a JSON file, read strictly (`parse_object`).
+
+    Args:
+        what: "config", "generation config", "index" or "tokenizer": picks the error codes and the limit on the size.
+        doing: what the caller is about, for the error's text.
+
+    Raises:
+        CheckpointError: `*-FILE` if it is no plain readable file, `*-JSON` if its content is not strict JSON.
+    """
+    prefix, limit = _KINDS[what]
+    path = pathlib.Path(path)
+    try:
+        with open_plain(path, code=f"{prefix}-FILE", doing=doing) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise JSONProblem(f"{size} bytes; a {what} has at most {limit}")
+            return parse_object(file.readall().removeprefix(codecs.BOM_UTF8))
+    except JSONProblem as error:
+        raise CheckpointError(
+            code=f"{prefix}-JSON",
+            doing=doing,
+            file=str(path),
+            expected="one JSON object in UTF-8",
+            found=str(error),
+            fix="download or export the file again",
+        ) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise JSONProblem(f"the key {quote(twice)} twice in one object")
+    return result
+
+
+def _constant(name: str):
+    raise JSONProblem(f"the constant {name}, which is no JSON")
+
+
+def _integer(digits: str) -> int:
+    if len(digits.lstrip("-")) > _MAX_DIGITS:
+        raise JSONProblem(f"the integer {quote(digits)} of {len(digits)} digits")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise JSONProblem(f"the number {quote(digits)}, which is too large")
+    return value
+
+
+def _children(node: Any) -> list[Any]:
+    if isinstance(node, dict):
+        return list(node.values())
+    return node if isinstance(node, list) else []

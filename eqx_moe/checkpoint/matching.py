@@ -1,0 +1,161 @@
+"""Holding a model's tensors against those in the files: all differences at once, from headers alone."""
+
+import difflib
+import itertools
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from eqx_moe.checkpoint.dtypes import WEIGHT_DTYPES
+from eqx_moe.checkpoint.names import Name, Tensor, matcher, plan
+from eqx_moe.checkpoint.shards import Stored, weights_file
+from eqx_moe.errors import CheckpointError, quote
+
+_ORDER = ("ST-MISSING", "ST-EXTRA", "ST-SHAPE", "ST-DTYPE")
+_COMPARED = 50  # patterns of names held against each other for a suggestion
+
+
+@dataclass(frozen=True)
+class _Problem:
+    code: str
+    tensor: str
+    expected: str
+    found: str
+    fix: str
+
+
+def match(
+    folder: pathlib.Path,
+    leaves: Mapping[str, Any],
+    layouts: Mapping[str, tuple[Name, ...]],
+    stored: Mapping[str, Stored],
+    *,
+    skipped: Mapping[str, str],
+    tied: tuple[tuple[str, str], ...],
+    one_dtype: bool,
+) -> dict[str, Tensor]:
+    """The tensors of the layout that the files are in: all present, in the right shapes and in float dtypes, and with
+    nothing besides but what `skipped` (templates) and `tied` (second names) allow.
+
+    Args:
+        one_dtype: whether the tensors of one leaf must agree in their dtype.
+
+    Raises:
+        CheckpointError: ST-MISSING, ST-EXTRA, ST-SHAPE or ST-DTYPE, the first that applies; `problems` has all.
+    """
+    plans = [plan(names, leaves) for names in layouts.values()]
+    tensors = min(plans, key=lambda tensors: len(tensors.keys() ^ stored.keys()))
+    passed = [matcher(template) for template in skipped]
+    aliases = dict(tied)
+    extra = [
+        name
+        for name in stored
+        if name not in tensors and name not in aliases and not any(pattern.fullmatch(name) for pattern in passed)
+    ]
+    problems = [
+        *_unmatched(tensors, stored, extra),
+        *_misshapen(tensors, stored, aliases),
+        *_odd_dtypes(stored, tensors),
+    ]
+    problems += _unequal_dtypes(_twins(tensors, aliases, stored, one_dtype), stored)
+    if problems:
+        problems.sort(key=lambda problem: _ORDER.index(problem.code))
+        first = problems[0]
+        raise CheckpointError(
+            code=first.code,
+            doing="matching the weights with config.json",
+            file=stored[first.tensor].path if first.tensor in stored else str(weights_file(folder)),
+            item=first.tensor,
+            expected=first.expected,
+            found=first.found,
+            fix=first.fix,
+            problems=tuple(f"{quote(p.tensor)}: expected {p.expected}; found {p.found}" for p in problems),
+        )
+    return tensors
+
+
+def _unmatched(tensors: Mapping[str, Tensor], stored: Mapping[str, Stored], extra: list[str]) -> Iterator[_Problem]:
+    missing = [tensor for name, tensor in tensors.items() if name not in stored]
+    hint = _common_prefix(tensors, stored) if missing and extra else ""
+    near = {} if hint else _near([tensor.name for tensor in missing], extra)
+    for tensor in missing:
+        fix = hint or "a tensor is never made up: export the checkpoint again, or correct config.json"
+        if found := near.get(_pattern(tensor.name)):
+            fix = f"the files have {quote(found)}, which the model has not: rename it if that is the one"
+        yield _Problem("ST-MISSING", tensor.name, f"a tensor of shape {tensor.shape}", "no tensor of that name", fix)
+    for name in extra:
+        fix = hint or "a tensor is never dropped in silence: remove it from the file, or correct config.json"
+        found = f"{stored[name].entry.dtype} {stored[name].entry.shape}, which the model has not"
+        yield _Problem("ST-EXTRA", name, "only tensors of the model", found, fix)
+
+
+def _misshapen(
+    tensors: Mapping[str, Tensor], stored: Mapping[str, Stored], aliases: Mapping[str, str]
+) -> Iterator[_Problem]:
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    shapes |= {name: shapes[original] for name, original in aliases.items() if original in shapes}
+    for name, shape in shapes.items():
+        if name in stored and stored[name].entry.shape != shape:
+            found = stored[name].entry.shape
+            hint = " (the transpose would fit)" if found == shape[::-1] else ""
+            fix = "correct config.json, or export the tensor again as the model has it"
+            yield _Problem("ST-SHAPE", name, f"the shape {shape}", f"{found}{hint}", fix)
+
+
+def _odd_dtypes(stored: Mapping[str, Stored], tensors: Mapping[str, Tensor]) -> Iterator[_Problem]:
+    for name in tensors.keys() & stored.keys():
+        dtype = stored[name].entry.dtype
+        if dtype not in WEIGHT_DTYPES:
+            hint = " (quantised checkpoints are not supported yet)" if dtype[:2] in ("F8", "F6", "F4", "U8") else ""
+            fix = "export the checkpoint in bfloat16 or float32"
+            yield _Problem("ST-DTYPE", name, f"a dtype among {', '.join(WEIGHT_DTYPES)}", f"{dtype}{hint}", fix)
+
+
+def _twins(
+    tensors: Mapping[str, Tensor], aliases: Mapping[str, str], stored: Mapping[str, Stored], one_dtype: bool
+) -> dict[str, str]:
+    """Tensors that must have the dtype of another: tied ones, and with `one_dtype` those of one leaf."""
+    twins = {name: original for name, original in aliases.items() if original in tensors}
+    if one_dtype:
+        first: dict[str, str] = {}
+        for name, tensor in tensors.items():
+            for part in tensor.parts:
+                twins.setdefault(name, first.setdefault(part.leaf, name))
+    return {name: other for name, other in twins.items() if name in stored and other in stored}
+
+
+def _unequal_dtypes(twins: Mapping[str, str], stored: Mapping[str, Stored]) -> Iterator[_Problem]:
+    for name, other in twins.items():
+        dtype, due = stored[name].entry.dtype, stored[other].entry.dtype
+        if dtype != due and dtype in WEIGHT_DTYPES and due in WEIGHT_DTYPES:
+            fix = "export both in one dtype, or name one for all when loading: dtype='float32'"
+            yield _Problem("ST-DTYPE", name, f"{due}, as {quote(other)} has, which belongs with it", dtype, fix)
+
+
+def _near(missing: list[str], extra: list[str]) -> dict[str, str]:
+    """The pattern of a missing name -> the extra name most like it. A thousand misspelled experts are one pattern."""
+    patterns = list(dict.fromkeys(map(_pattern, missing)))[:_COMPARED]
+    candidates = dict(itertools.islice(((_pattern(name), name) for name in reversed(extra)), _COMPARED))
+    close = {pattern: difflib.get_close_matches(pattern, candidates, n=1, cutoff=0.75) for pattern in patterns}
+    return {pattern: candidates[found[0]] for pattern, found in close.items() if found}
+
+
+def _common_prefix(tensors: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> str:
+    """A sentence if all names in the files carry, or lack, one and the same prefix."""
+    name = next(iter(stored))
+    for ours in tensors:
+        if name.endswith(ours) and name != ours:
+            prefix = name.removesuffix(ours)
+            if all(other.startswith(prefix) for other in stored):
+                return f"all names in the files carry the prefix {quote(prefix)}: export them without it"
+        if ours.endswith(name) and name != ours:
+            prefix = ours.removesuffix(name)
+            if not any(other.startswith(prefix) for other in stored):
+                return f"the names in the files lack the prefix {quote(prefix)}: export the whole model"
+    return ""
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"[0-9]+", "*", name)

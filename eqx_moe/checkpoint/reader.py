@@ -1,0 +1,138 @@
+"""Reading a model's weights: everything is checked first, then each stack is read into the place where it stays."""
+
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from eqx_moe.checkpoint.dtypes import WEIGHT_DTYPES, cast, target_dtype, weight_dtype
+from eqx_moe.checkpoint.matching import match
+from eqx_moe.checkpoint.names import Name, Tensor
+from eqx_moe.checkpoint.shards import Stored, changed_while_reading, open_weights
+from eqx_moe.errors import CheckpointError, quote
+
+# `jax.device_put` takes a host buffer over without a copy if it starts at a multiple of 64 bytes (on CPU).
+_ALIGNMENT = 64
+_CHUNK = 1 << 22  # elements cast or bytes compared at a time
+
+
+def load_leaves(
+    folder: str | os.PathLike,
+    leaves: Mapping[str, jax.ShapeDtypeStruct],
+    layouts: Mapping[str, tuple[Name, ...]],
+    *,
+    skipped: Mapping[str, str],
+    tied: tuple[tuple[str, str], ...] = (),
+    dtype: str = "auto",
+    keep_fp32: tuple[str, ...] = (),
+) -> dict[str, Float[Array, "..."]]:
+    """Reads the leaves of a model (path -> shape) from a folder of safetensors files.
+
+    The host holds the model (where it is also the device) and one leaf, or the few that share tensors on disk.
+
+    Args:
+        leaves: their dtypes are not looked at.
+        layouts: name tables, of which the one that fits the files best is held against them.
+        skipped: templates of tensors that may be there and are left out -> the reason.
+        tied: (second name, name) of tensors that may be stored twice, and then must be equal bit for bit.
+        dtype: "auto" keeps every tensor as it is stored; else the name of the dtype to which all are cast.
+        keep_fp32: templates of leaf paths that become float32 whatever other dtype is named.
+
+    Raises:
+        CheckpointError: ST-* and IDX-* codes, see `eqx_moe.errors`; no data is read before all headers are found right.
+        ValueError: the dtype is no float dtype; the name table does not fit the leaves.
+    """
+    folder = pathlib.Path(folder)
+    named = None if dtype == "auto" else weight_dtype(dtype)
+    with open_weights(folder) as stored:
+        tensors = match(folder, leaves, layouts, stored, skipped=skipped, tied=tied, one_dtype=named is None)
+        for name, original in tied:
+            if name in stored:
+                _check_equal(stored[name], stored[original], name, original)
+        # Leaves that share tensors (gate and up, packed) are read together, each tensor once.
+        groups: dict[tuple[str, ...], list[Tensor]] = {}
+        for tensor in tensors.values():
+            groups.setdefault(tuple(part.leaf for part in tensor.parts), []).append(tensor)
+        result: dict[str, jax.Array] = {}
+        for paths, group in groups.items():
+            buffers = {}
+            for path in paths:
+                target = target_dtype(path, WEIGHT_DTYPES[stored[group[0].name].entry.dtype], named, keep_fp32)
+                buffers[path] = aligned_empty(leaves[path].shape, target)
+            for tensor in group:
+                places = [buffers[part.leaf][(*part.index, ...)] for part in tensor.parts]
+                _read_tensor(tensor, stored[tensor.name], places)
+            result |= {path: jax.device_put(buffer) for path, buffer in buffers.items()}
+    return {path: result[path] for path in leaves}
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array that starts at a multiple of 64 bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    offset = -raw.ctypes.data % _ALIGNMENT
+    return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def _read_tensor(tensor: Tensor, stored: Stored, places: list[np.ndarray]) -> None:
+    """Reads one tensor from beginning to end, its parts each into its (contiguous) place."""
+    stored.file.seek(stored.entry.start)
+    rows = [place.reshape(tensor.runs, -1) for place in places]
+    for run in range(tensor.runs):
+        for row in rows:
+            _read_run(stored, row[run], tensor.name)
+
+
+def _read_run(stored: Stored, target: np.ndarray, name: str) -> None:
+    source = WEIGHT_DTYPES[stored.entry.dtype]
+    if source == target.dtype:
+        _fill(stored, target)
+        return
+    scratch = np.empty(min(target.size, _CHUNK), source)
+    for start in range(0, target.size, _CHUNK):
+        piece = target[start : start + _CHUNK]
+        _fill(stored, scratch[: piece.size])
+        if not cast(scratch[: piece.size], piece):
+            raise CheckpointError(
+                code="ST-RANGE",
+                doing="reading weights",
+                file=stored.path,
+                item=name,
+                expected=f"values that fit in {target.dtype}, at most {np.finfo(np.float16).max:g}",
+                found=f"{np.nanmax(np.abs(scratch[: piece.size].astype(np.float32))):g}",
+                fix="load in bfloat16 or float32",
+            )
+
+
+def _fill(stored: Stored, target: np.ndarray) -> None:
+    """Reads on from where the file stands until `target` is full."""
+    view = target.view(np.uint8).data
+    while view:
+        count = stored.file.readinto(view)
+        if not count:
+            changed_while_reading(stored.path)
+        view = view[count:]
+
+
+def _check_equal(stored: Stored, original: Stored, name: str, original_name: str) -> None:
+    size = stored.entry.stop - stored.entry.start
+    for start in range(0, size, _CHUNK):
+        pieces = [np.empty(min(_CHUNK, size - start), np.uint8) for _ in range(2)]
+        for each, piece in zip((stored, original), pieces, strict=True):
+            each.file.seek(each.entry.start + start)
+            _fill(each, piece)
+        if not np.array_equal(pieces[0], pieces[1]):
+            first = start + int(np.argmax(pieces[0] != pieces[1]))
+            raise CheckpointError(
+                code="ST-TIED",
+                doing="reading weights",
+                file=stored.path,
+                item=name,
+                expected=f"the bytes of {quote(original_name)}, to which config.json ties it",
+                found=f"a first difference at byte {first}",
+                fix="set tie_word_embeddings to false if the model has a head of its own, else remove the tensor",
+            )

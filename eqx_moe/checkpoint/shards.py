@@ -1,0 +1,163 @@
+"""Finding a checkpoint's tensors: one model.safetensors, or shards that an index lists."""
+
+import contextlib
+import io
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+from eqx_moe.checkpoint.files import exists, listing, open_plain, plain_name
+from eqx_moe.checkpoint.header import Entry, read_header
+from eqx_moe.checkpoint.jsonfile import read_json
+from eqx_moe.errors import CheckpointError, quote
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_DOING = "finding the weights"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in an open file. `path` is the file's, for errors."""
+
+    file: io.FileIO
+    path: str
+    entry: Entry
+
+
+@contextlib.contextmanager
+def open_weights(folder: pathlib.Path) -> Iterator[dict[str, Stored]]:
+    """All tensors of a folder by name, headers and index checked; the files stay open, so that what is read is what was
+    checked.
+
+    Raises:
+        CheckpointError: ST-* and IDX-* codes; ST-CHANGED on leaving, if a file was written to meanwhile.
+    """
+    with contextlib.ExitStack() as stack:
+        shards: dict[str, io.FileIO] = {}
+        weight_map = _weight_map(folder)
+        for shard in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]:
+            shards[shard] = stack.enter_context(open_plain(folder / shard, code="ST-FILE", doing=_DOING))
+        before = {shard: _version(file) for shard, file in shards.items()}
+        entries = {shard: read_header(file, str(folder / shard)) for shard, file in shards.items()}
+        if weight_map is not None:
+            _check_index(weight_map, entries, folder / INDEX)
+        yield {
+            tensor: Stored(shards[shard], str(folder / shard), entry)
+            for shard, tensors in entries.items()
+            for tensor, entry in tensors.items()
+        }
+        for shard, file in shards.items():
+            if _version(file) != before[shard]:
+                changed_while_reading(str(folder / shard))
+
+
+def weights_file(folder: pathlib.Path) -> pathlib.Path:
+    """The file that says which tensors there are: the index, or model.safetensors."""
+    return folder / (INDEX if exists(folder / INDEX) else SINGLE)
+
+
+def changed_while_reading(path: str) -> NoReturn:
+    raise CheckpointError(
+        code="ST-CHANGED",
+        doing="reading weights",
+        file=path,
+        expected="a file that stays as it is",
+        found="another size or modification time than when its header was read",
+        fix="load again when nothing writes to the folder",
+    )
+
+
+def _version(file: io.FileIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def _weight_map(folder: pathlib.Path) -> dict[str, str] | None:
+    """Which shard each tensor lies in; None if there is one file and no index."""
+    if not exists(folder / INDEX):
+        if not exists(folder / SINGLE):
+            _no_weights(folder)
+        return None
+    weight_map = read_json(folder / INDEX, "index").get("weight_map")
+
+    def refuse(code: str, item: str, expected: str, found: str, fix: str) -> NoReturn:
+        raise CheckpointError(
+            code=code, doing=_DOING, file=str(folder / INDEX), item=item, expected=expected, found=found, fix=fix
+        )
+
+    again = "download or export the index again"
+    if not isinstance(weight_map, dict) or not weight_map:
+        refuse("IDX-MAP", "weight_map", "an object that maps every tensor to its file", quote(weight_map), again)
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str):
+            refuse("IDX-MAP", tensor, "the name of a file", quote(shard), again)
+        if not plain_name(shard) or not shard.endswith(".safetensors"):
+            expected = "the name of a .safetensors file in the same folder, without a path"
+            refuse("IDX-PATH", tensor, expected, quote(shard), again)
+    absent = sorted({shard for shard in weight_map.values() if not exists(folder / shard)})
+    if absent:
+        found = f"{', '.join(map(quote, absent[:10]))} missing, {len(absent)} in all; there are: {listing(folder)}"
+        refuse("IDX-SHARD", absent[0], "every shard that the index lists", found, "download the missing shards")
+    if exists(folder / SINGLE) and SINGLE not in weight_map.values():
+        fix = f"remove {SINGLE} if the shards are the model, else {INDEX}"
+        refuse(
+            "IDX-AMBIGUOUS", SINGLE, "one model in the folder", "shards with an index, and a single file beside", fix
+        )
+    return weight_map
+
+
+def _no_weights(folder: pathlib.Path) -> NoReturn:
+    names = [entry.name for entry in folder.iterdir()]
+    shards = [name for name in names if name.endswith(".safetensors")]
+    pickles = [
+        name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")) and name != "training_args.bin"
+    ]
+    code, fix = "ST-WEIGHTS", "check the folder's name, or download the weights"
+    if shards:
+        code, fix = "IDX-SHARD", f"download {INDEX}; a single file must be called {SINGLE}"
+    elif pickles:
+        code = "ST-PICKLE"
+        fix = (
+            "pickled weights can run code and are never read; convert them once with transformers: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    raise CheckpointError(
+        code=code,
+        doing=_DOING,
+        file=str(folder),
+        item=sorted(shards or pickles or [SINGLE])[0],
+        expected=f"{SINGLE}, or {INDEX} and its shards",
+        found=listing(folder),
+        fix=fix,
+    )
+
+
+def _check_index(
+    weight_map: Mapping[str, str], entries: Mapping[str, Mapping[str, Entry]], index: pathlib.Path
+) -> None:
+    problems: list[tuple[str, str]] = []
+    for tensor, shard in weight_map.items():
+        if tensor not in entries[shard]:
+            places = [quote(other) for other, tensors in entries.items() if tensor in tensors]
+            problems.append((tensor, f"listed in {quote(shard)}, is in {' and '.join(places) or 'no shard'}"))
+    for shard, tensors in entries.items():
+        for tensor in tensors:
+            if tensor not in weight_map:
+                problems.append((tensor, f"in {quote(shard)}, not listed"))
+            elif weight_map[tensor] != shard and tensor in entries[weight_map[tensor]]:
+                problems.append((tensor, f"in {quote(shard)} and in {quote(weight_map[tensor])}"))
+    if problems:
+        tensor, found = problems[0]
+        raise CheckpointError(
+            code="IDX-MISMATCH",
+            doing=_DOING,
+            file=str(index),
+            item=tensor,
+            expected="an index that lists exactly the tensors of its shards",
+            found=found,
+            fix="download the index and the shards of one and the same version",
+            problems=tuple(f"{quote(tensor)}: {found}" for tensor, found in problems),
+        )

@@ -1,0 +1,229 @@
+"""Writing a checkpoint: shards planned from shapes, one tensor in memory at a time, nothing in place before all stands."""
+
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from eqx_moe.checkpoint.dtypes import FORMAT_NAMES, cast, target_dtype, weight_dtype
+from eqx_moe.checkpoint.header import write_header
+from eqx_moe.checkpoint.names import Name, Tensor, plan
+from eqx_moe.checkpoint.shards import INDEX, SINGLE
+from eqx_moe.errors import CheckpointError
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_OURS = re.compile(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|" + re.escape(INDEX))
+_CONFIG = "config.json"
+
+
+def save_leaves(
+    folder: str | os.PathLike,
+    leaves: Mapping[str, Float[Array | np.ndarray, "..."]],
+    names: tuple[Name, ...],
+    *,
+    max_shard_size: int | str = "5GB",
+    dtype: str | None = None,
+    keep_fp32: tuple[str, ...] = (),
+    other_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Writes the leaves of a model (path -> array) as a folder of safetensors files, beside `other_files`.
+
+    Everything is first written under temporary names and synced. Then an earlier save's config.json is removed, the new
+    files are moved into place, shards and index of the earlier save are removed, and config.json comes last. Killed at
+    any moment, this leaves the earlier model, or the new one, or a folder that is refused for want of a config.json;
+    never a mixture.
+
+    Args:
+        max_shard_size: bytes, or a text such as "5GB" (10**9) or "2GiB" (2**30). A tensor is never split.
+        dtype: the name of a dtype to cast to; None writes what there is.
+        keep_fp32: templates of leaf paths that are written in float32 whatever other dtype is named.
+
+    Raises:
+        ValueError: the name table does not fit the leaves; a leaf is no float; a wrong argument.
+        CheckpointError: CFG-FOLDER if the folder cannot be one; ST-RANGE if a value does not fit in `dtype`.
+        OSError: the disk is full, or the like; an earlier model in the folder then still stands.
+    """
+    limit = parse_size(max_shard_size)
+    tensors = plan(names, leaves)
+    odd = [path for path, leaf in leaves.items() if leaf.dtype not in FORMAT_NAMES]
+    if odd:
+        raise ValueError(
+            f"Weights are {', '.join(map(str, FORMAT_NAMES))}; the leaf {odd[0]!r} is {leaves[odd[0]].dtype}."
+        )
+    named = None if dtype is None else weight_dtype(dtype)
+    dtypes = {path: target_dtype(path, leaf.dtype, named, keep_fp32) for path, leaf in leaves.items()}
+    shards = plan_shards(tensors, dtypes, limit)
+
+    folder = pathlib.Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise CheckpointError(
+            code="CFG-FOLDER",
+            doing="saving a model",
+            file=str(folder),
+            expected="a folder, or a name that is free",
+            found="a file of that name, or on the way to it",
+            fix="give another name",
+        ) from error
+
+    contents: dict[str, Callable[[], Iterable[bytes | memoryview]]] = {
+        shard: functools.partial(_shard, group, leaves, dtypes, str(folder / shard)) for shard, group in shards.items()
+    }
+    small = dict(other_files or {})
+    if SINGLE not in shards:
+        small[INDEX] = _index(shards, dtypes)
+    contents |= {name: lambda content=content: (content,) for name, content in small.items()}
+    stale = [entry.name for entry in folder.iterdir() if _OURS.fullmatch(entry.name) and entry.name not in contents]
+    _replace_all(folder, contents, stale)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of 5_000_000_000, "5GB" or "5GiB"."""
+    if isinstance(size, str):
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?i?B)", size.strip(), re.IGNORECASE)
+        number = float(found[1]) * _UNITS.get(found[2].upper(), math.nan) if found else math.nan
+    else:
+        number = size if type(size) is int else math.nan
+    if not number >= 1:
+        raise ValueError(
+            f'`max_shard_size` must be bytes, at least 1, or a text such as "5GB" or "2GiB"; got {size!r}.'
+        )
+    return int(number)
+
+
+def plan_shards(
+    tensors: Mapping[str, Tensor], dtypes: Mapping[str, np.dtype], limit: int
+) -> dict[str, dict[str, Tensor]]:
+    """Which tensors go into which file: in order, a new one when `limit` bytes would be passed.
+
+    Within a file wide dtypes come first, so that every tensor starts at a multiple of its element's size.
+    """
+    groups: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = math.prod(tensor.shape) * _dtype(tensor, dtypes).itemsize
+        if groups[-1] and filled + size > limit:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = tensor
+        filled += size
+    ordered = [dict(sorted(group.items(), key=lambda item: -_dtype(item[1], dtypes).itemsize)) for group in groups]
+    if len(ordered) == 1:
+        return {SINGLE: ordered[0]}
+    return {f"model-{i:05}-of-{len(ordered):05}.safetensors": group for i, group in enumerate(ordered, 1)}
+
+
+def _dtype(tensor: Tensor, dtypes: Mapping[str, np.dtype]) -> np.dtype:
+    first, *rest = [dtypes[part.leaf] for part in tensor.parts]
+    if any(other != first for other in rest):
+        paths = [part.leaf for part in tensor.parts]
+        raise ValueError(f"{paths} share the tensor {tensor.name!r} and need one dtype; give `dtype`, or cast them.")
+    return first
+
+
+def _index(shards: Mapping[str, Mapping[str, Tensor]], dtypes: Mapping[str, np.dtype]) -> bytes:
+    tensors = [tensor for shard in shards.values() for tensor in shard.values()]
+    sizes = [math.prod(tensor.shape) for tensor in tensors]
+    index = {
+        "metadata": {
+            "total_parameters": sum(sizes),
+            "total_size": sum(n * _dtype(tensor, dtypes).itemsize for n, tensor in zip(sizes, tensors, strict=True)),
+        },
+        "weight_map": {name: shard for shard, tensors in shards.items() for name in tensors},
+    }
+    return json.dumps(index, indent=2).encode() + b"\n"
+
+
+def _shard(
+    tensors: Mapping[str, Tensor], leaves: Mapping[str, Array | np.ndarray], dtypes: Mapping[str, np.dtype], file: str
+):
+    """The bytes of one file, a part of a tensor at a time."""
+    yield write_header({t.name: (FORMAT_NAMES[_dtype(t, dtypes)], t.shape) for t in tensors.values()})
+    paths: tuple[str, ...] = ()
+    hosts: dict[str, np.ndarray] = {}
+    for tensor in tensors.values():
+        if paths != (paths := tuple(part.leaf for part in tensor.parts)):
+            hosts.clear()  # before the next ones: elsewhere than on CPU these are copies
+            hosts.update({path: _host(leaves[path]) for path in paths})
+        blocks = [np.ascontiguousarray(hosts[part.leaf][(*part.index, ...)]) for part in tensor.parts]
+        rows = [block.reshape(tensor.runs, -1) for block in blocks]
+        for run in range(tensor.runs):
+            for part, row in zip(tensor.parts, rows, strict=True):
+                yield _bytes(row[run], dtypes[part.leaf], tensor.name, file)
+
+
+def _bytes(values: np.ndarray, dtype: np.dtype, name: str, file: str) -> memoryview:
+    if values.dtype != dtype:
+        source, values = values, np.empty(values.shape, dtype)
+        if not cast(source, values):
+            raise CheckpointError(
+                code="ST-RANGE",
+                doing="saving a model",
+                file=file,
+                item=name,
+                expected=f"values that fit in {dtype}",
+                found=f"{np.nanmax(np.abs(source.astype(np.float32))):g}",
+                fix="save in bfloat16 or float32",
+            )
+    return values.view(np.uint8).data
+
+
+def _host(leaf: Array | np.ndarray) -> np.ndarray:
+    """The values on the host: on CPU in place, elsewhere a copy that the array does not keep, as `np.asarray`'s."""
+    try:
+        return np.asarray(jax.device_put(leaf, jax.local_devices(backend="cpu")[0]))
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out.
+        return np.asarray(leaf)
+
+
+def _replace_all(
+    folder: pathlib.Path, contents: Mapping[str, Callable[[], Iterable[bytes | memoryview]]], stale: list[str]
+) -> None:
+    temporary = {name: folder / f".{name}.{secrets.token_hex(8)}.tmp" for name in contents}
+    try:
+        for name, content in contents.items():
+            _write(temporary[name], content())
+        (folder / _CONFIG).unlink(missing_ok=True)
+        _sync(folder)
+        for name in contents:
+            if name != _CONFIG:
+                os.replace(temporary[name], folder / name)
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)
+        _sync(folder)
+        if _CONFIG in contents:
+            os.replace(temporary[_CONFIG], folder / _CONFIG)
+            _sync(folder)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def _write(path: pathlib.Path, content: Iterable[bytes | memoryview]) -> None:
+    # 0o666: the mode is the umask's to decide, as for any file that a program writes.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags, 0o666), "wb") as file:
+        for piece in content:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: pathlib.Path) -> None:
+    """Makes renames in a folder last, where folders can be opened."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,50 @@
+"""What a router decides (`Routing`) and what carries it out (`AbstractExecution`)."""
+
+import abc
+from typing import Protocol, runtime_checkable
+
+import equinox as eqx
+from jaxtyping import Array, Float, Int
+
+
+class Routing(eqx.Module):
+    """Which experts each token visits, and how much each one counts. The k experts of a token are distinct."""
+
+    experts: Int[Array, "tokens k"]
+    weights: Float[Array, "tokens k"]
+
+
+@runtime_checkable
+class StackedLinear(Protocol):
+    """`y[r] = stack[expert of row r] @ x[r] (+ bias[expert of row r])`. Which expert that is, the execution knows."""
+
+    def __call__(
+        self,
+        x: Float[Array, "*rows in"],
+        stack: Float[Array, "experts out in"],
+        bias: Float[Array, "experts out"] | None = None,
+        /,
+    ) -> Float[Array, "*rows out"]: ...
+
+
+@runtime_checkable
+class ExpertFunction(Protocol):
+    """What one expert computes with a row, written with a `StackedLinear` in place of its matrices."""
+
+    @property
+    def num_experts(self) -> int: ...
+
+    def __call__(self, x: Float[Array, "*rows hidden"], linear: StackedLinear, /) -> Float[Array, "*rows hidden"]: ...
+
+
+class AbstractExecution(abc.ABC):
+    """A way to run the experts. Final subclasses are frozen dataclasses of their options: hashable, and without arrays."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, x: Float[Array, "tokens hidden"], routing: Routing, experts: ExpertFunction
+    ) -> tuple[Float[Array, "tokens hidden"], Int[Array, ""]]:
+        """For each token the sum of its experts' outputs times their weights, and how many (token, expert) pairs it dropped.
+
+        Weights multiply and sum in their own dtype (float32 from a router); the result has the dtype of `x`.
+        """

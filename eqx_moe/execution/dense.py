@@ -1,0 +1,35 @@
+"""Every expert for every token: the oracle."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from eqx_moe.execution.base import AbstractExecution, ExpertFunction, Routing
+
+
+def _every_expert(x, stack, bias=None):
+    """[experts, tokens, in] x [experts, out, in] -> [experts, tokens, out]."""
+    y = jnp.einsum("eti,eoi->eto", x, stack)
+    return y if bias is None else y + bias[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(AbstractExecution):
+    """Runs all experts on all tokens and weighs the results; experts that a token did not choose weigh nothing.
+
+    Slow: the definition that every other execution is tested against. Drops nothing.
+    """
+
+    def __call__(
+        self, x: Float[Array, "tokens hidden"], routing: Routing, experts: ExpertFunction
+    ) -> tuple[Float[Array, "tokens hidden"], Int[Array, ""]]:
+        outputs = experts(jnp.broadcast_to(x, (experts.num_experts, *x.shape)), _every_expert)
+        chosen = routing.experts[:, :, None] == jnp.arange(experts.num_experts)
+        weights = jnp.sum(jnp.where(chosen, routing.weights[:, :, None], 0), axis=1)
+        # An output that is not finite must not reach a token that never chose its expert.
+        outputs = jnp.where(jnp.any(chosen, axis=1).T[:, :, None], outputs, 0)
+        y = jnp.einsum("te,eth->th", weights, outputs.astype(weights.dtype))
+        return y.astype(x.dtype), jnp.zeros((), jnp.int32)
+
+

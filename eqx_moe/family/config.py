@@ -1,0 +1,296 @@
+"""Reading and writing config.json: which keys there are, what they may hold, and what is not understood.
+
+A config is a frozen dataclass whose fields are the json file's own. Every other key is either ignored on purpose (`IGNORED`, each
+with its reason) or unknown (one warning); both are kept in `extra` and written back.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from eqx_moe.errors import CheckpointError
+
+IGNORED = {
+    "_name_or_path": "where a checkpoint once lay",
+    "architectures": "follows from model_type; written anew",
+    "auto_map": "code from a checkpoint is never run",
+    "model_type": "chooses the family",
+    "output_attentions": "a switch of the reference's forward pass",
+    "output_hidden_states": "a switch of the reference's forward pass",
+    "output_router_logits": "`forward` always returns them",
+    "pretraining_tp": "a way to slice the reference's matrix products",
+    "return_dict": "a switch of the reference's forward pass",
+    "torch_dtype": "the older name of dtype",
+    "transformers_version": "who wrote the file",
+    "transformers.js_config": "for another runtime",
+    "trust_remote_code": "code from a checkpoint is never run",
+    "unsloth_version": "who wrote the file",
+    "use_cache": "whether to cache is said by each call",
+}
+
+# Keys that are written from the fields, under every name that readers know.
+_REWRITTEN = {"architectures", "model_type", "torch_dtype", "rope_scaling", "rope_theta"}
+
+# Above these a number is a mistake, and building names or shapes from it would only take long.
+_LIMITS = {"num_hidden_layers": 10_000, "num_local_experts": 100_000}
+_LARGEST = 2**31 - 1
+
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+class ConfigError(ValueError):
+    """A config value that cannot be: which key, what was expected, what was found."""
+
+    def __init__(self, key: str, expected: str, found: Any):
+        super().__init__(f"`{key}` must be {expected}; got {found!r}.")
+        self.key, self.expected, self.found = key, expected, found
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeParameters:
+    """The `rope_parameters` object of config.json. Fields that a kind of rope does not read must stay None."""
+
+    rope_theta: float = 10_000.0
+    rope_type: str = "default"
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        check_types(self, "rope_parameters.")
+
+
+def typed(key: str, value: Any, hint: Any) -> Any:
+    """`value` as the type that a field is annotated with, or a `ConfigError`. Integers pass as floats, nothing else converts."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, hint):
+        return value
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if value is None and option is types.NoneType:
+            return None
+        if option is bool and isinstance(value, bool):
+            return value
+        if option is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return _finite(key, value)
+        if option is str and isinstance(value, str):
+            return value
+        if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
+            element = typing.get_args(option)[0]
+            return tuple(typed(f"{key}[{i}]", each, element) for i, each in enumerate(value))
+    raise ConfigError(key, _describe(options), value)
+
+
+def _finite(key: str, value: int | float) -> float:
+    if not math.isfinite(value) or abs(value) > 1e300:
+        raise ConfigError(key, "a finite number", value)
+    return float(value)
+
+
+def _describe(options: tuple[Any, ...]) -> str:
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "a string", types.NoneType: "null"}
+    words |= {RopeParameters: "a RopeParameters"}
+    return " or ".join(words.get(option, "a list") for option in options)
+
+
+def check_types(config: Any, prefix: str = "") -> None:
+    """Type-checks every field of a config in place; integers become floats where a float is due."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        object.__setattr__(config, name, typed(prefix + name, getattr(config, name), hint))
+
+
+def rope_from_json(value: dict[str, Any]) -> RopeParameters:
+    """A `RopeParameters` from its json object."""
+    value = dict(value)
+    partial = value.pop("partial_rotary_factor", 1.0)
+    if partial != 1.0:
+        raise ConfigError("rope_parameters.partial_rotary_factor", "1.0: this family turns whole heads", partial)
+    hints = typing.get_type_hints(RopeParameters)
+    unknown = sorted(set(value) - set(hints))
+    if unknown:
+        raise ConfigError("rope_parameters", f"made of the keys {sorted(hints)}", unknown)
+    return RopeParameters(**{k: typed(f"rope_parameters.{k}", v, hints[k]) for k, v in value.items()})
+
+
+def check_common(config: Any) -> None:
+    """What holds for every family: sizes in range, heads that share evenly, ids inside the vocabulary, nothing unimplemented."""
+    if config.num_key_value_heads is None:
+        object.__setattr__(config, "num_key_value_heads", config.num_attention_heads)
+    check_types(config)
+    for key in (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "max_position_embeddings head_dim num_local_experts num_experts_per_tok sliding_window"
+    ).split():
+        value = getattr(config, key, None)
+        if key == "sliding_window" and value == 0 and getattr(config, "use_sliding_window", True) is False:
+            continue  # how Qwen checkpoints that were saved again say "none"
+        if value is not None and not 0 < value <= _LIMITS.get(key, _LARGEST):
+            raise ConfigError(key, f"in [1, {_LIMITS.get(key, _LARGEST)}]", value)
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ConfigError(
+            "num_key_value_heads", f"a divisor of num_attention_heads ({config.num_attention_heads})", config.num_key_value_heads
+        )
+    if config.head_dim is None and config.hidden_size % config.num_attention_heads:
+        raise ConfigError(
+            "hidden_size",
+            f"a multiple of num_attention_heads ({config.num_attention_heads}), or head_dim be given",
+            config.hidden_size,
+        )
+    if head_dim(config) % 2:
+        raise ConfigError("head_dim", "even, for rotary embeddings turn pairs", head_dim(config))
+    if not 0 < config.rms_norm_eps < 1:
+        raise ConfigError("rms_norm_eps", "in (0, 1)", config.rms_norm_eps)
+    if config.hidden_act != "silu":
+        raise ConfigError("hidden_act", "'silu', the one that is implemented", config.hidden_act)
+    if config.attention_dropout != 0:
+        raise ConfigError("attention_dropout", "0.0: dropout is not implemented", config.attention_dropout)
+    if config.initializer_range < 0:
+        raise ConfigError("initializer_range", "at least 0", config.initializer_range)
+    if config.dtype is not None and config.dtype not in _DTYPES:
+        raise ConfigError("dtype", f"one of {list(_DTYPES)}", config.dtype)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        check_token_ids(key, getattr(config, key), config.vocab_size)
+
+
+def check_token_ids(key: str, value: int | tuple[int, ...] | None, vocab: int) -> None:
+    """Special ids must be tokens."""
+    for token in () if value is None else value if isinstance(value, tuple) else (value,):
+        if not 0 <= token < vocab:
+            raise ConfigError(key, f"in [0, {vocab}), the vocabulary", token)
+
+
+def head_dim(config: Any) -> int:
+    """The head size: its own key, or hidden_size / num_attention_heads."""
+    return config.head_dim or config.hidden_size // config.num_attention_heads
+
+
+def check_windows(config: Any) -> None:
+    """Qwen's way to say which layers have a window: `layer_types`, or the layers from `max_window_layers` on."""
+    if config.use_sliding_window and config.sliding_window is None:
+        raise ConfigError("sliding_window", "given when use_sliding_window is true", None)
+    if config.max_window_layers < 0:
+        raise ConfigError("max_window_layers", "at least 0", config.max_window_layers)
+    if config.layer_types is None:
+        return
+    kinds = ("full_attention", "sliding_attention")
+    if len(config.layer_types) != config.num_hidden_layers or not set(config.layer_types) <= set(kinds):
+        raise ConfigError("layer_types", f"{config.num_hidden_layers} of {list(kinds)}", list(config.layer_types)[:20])
+    if "sliding_attention" in config.layer_types and not config.use_sliding_window:
+        raise ConfigError("layer_types", "without 'sliding_attention' when use_sliding_window is false", list(config.layer_types)[:20])
+
+
+def window_of(config: Any, layer: int) -> int | None:
+    """The window of one layer, by the rule that `check_windows` describes."""
+    if config.layer_types is not None:
+        return config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
+    return config.sliding_window if config.use_sliding_window and layer >= config.max_window_layers else None
+
+
+def fields_from_json(data: Mapping[str, Any], config: type, aliases: Mapping[str, str], default_theta: float) -> dict[str, Any]:
+    """The constructor's arguments from a config.json object, either dialect (v4: rope_theta and rope_scaling; v5: rope_parameters).
+
+    Warns once about keys that nobody knows. Contradictions between two spellings of one thing are `ConfigError`s.
+    """
+    data = dict(data)
+    for alias, key in aliases.items():
+        if alias in data:
+            value = data.pop(alias)
+            if data.setdefault(key, value) != value:
+                raise ConfigError(alias, f"equal to {key} ({data[key]!r})", value)
+    rope = _rope_json(data, default_theta)
+    dtype = data.get("dtype", data.get("torch_dtype"))
+    if isinstance(dtype, str):
+        dtype = dtype.removeprefix("torch.")
+    if data.get("quantization_config") is not None:
+        raise ConfigError("quantization_config", "absent: quantised checkpoints are not supported yet", data["quantization_config"])
+    _check_layer_types(data, config)
+    known = {field.name for field in dataclasses.fields(config)} - {"extra", "rope_parameters", "dtype"}
+    hints = typing.get_type_hints(config)
+    values: dict[str, Any] = {key: typed(key, data[key], hints[key]) for key in sorted(known) if key in data}
+    rest = {k: v for k, v in data.items() if k not in known and k not in ("rope_parameters", "dtype")}
+    unknown = sorted(key for key in rest if key not in IGNORED and key not in _REWRITTEN)
+    if unknown:
+        warnings.warn(f"config.json has keys that nothing here reads: {[key[:80] for key in unknown[:20]]}. They are kept.", stacklevel=2)
+    extra = tuple((k, json.dumps(v)) for k, v in rest.items() if k not in _REWRITTEN)
+    dtype = typed("dtype", dtype, hints["dtype"])
+    return values | {"rope_parameters": rope_from_json(rope), "dtype": dtype, "extra": extra}
+
+
+def _check_layer_types(data: dict[str, Any], config: type) -> None:
+    """Families without the key have one kind of attention in all layers; a list that says otherwise would change results."""
+    if "layer_types" in {field.name for field in dataclasses.fields(config)} or data.get("layer_types") is None:
+        return
+    kind = "full_attention" if data.get("sliding_window") is None else "sliding_attention"
+    if data["layer_types"] != [kind] * data.get("num_hidden_layers", 0):
+        raise ConfigError("layer_types", f"{kind!r} for every layer (this family mixes none)", data["layer_types"])
+
+
+def _rope_json(data: dict[str, Any], default_theta: float) -> dict[str, Any]:
+    """One object out of the two dialects, by the rules of transformers 5.23 `standardize_rope_params`."""
+    source = "rope_scaling" if data.get("rope_scaling") is not None else "rope_parameters"
+    given = data.get(source)
+    if given is not None and not isinstance(given, dict):
+        raise ConfigError(source, "an object or null", given)
+    rope = dict(given or {})
+    if "type" in rope:
+        kind = rope.pop("type")
+        rope.setdefault("rope_type", kind)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if data.get(key) is not None:
+            rope.setdefault(key, data[key])
+        data.pop(key, None)
+    if rope.get("rope_theta") is None:
+        rope["rope_theta"] = default_theta
+    original = data.pop("original_max_position_embeddings", None)
+    if rope.get("rope_type", "default") in ("llama3", "yarn", "longrope"):
+        if original is not None:
+            rope["original_max_position_embeddings"] = original
+        rope.setdefault("original_max_position_embeddings", data.get("max_position_embeddings"))
+    return rope
+
+
+def to_json(config: Any, model_type: str, architecture: str, dtype: str) -> dict[str, Any]:
+    """The config.json object: exact types (0.0, never 0), an explicit head_dim, and the rope in both dialects' keys."""
+    data: dict[str, Any] = {"architectures": [architecture], "model_type": model_type, "dtype": dtype}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in ("extra", "dtype", "rope_parameters"):
+            continue
+        data[field.name] = list(value) if isinstance(value, tuple) else value
+    data["head_dim"] = head_dim(config)
+    rope = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config.rope_parameters).items() if v is not None}
+    data["rope_parameters"] = rope
+    data["rope_theta"] = rope["rope_theta"]
+    if rope["rope_type"] != "default":
+        data["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    for key, text in config.extra:
+        data.setdefault(key, json.loads(text))
+    return data
+
+
+def config_problem(error: ConfigError, file: str, doing: str) -> CheckpointError:
+    """A `ConfigError` as the error that loading raises."""
+    return CheckpointError(
+        code="CFG-VALUE",
+        doing=doing,
+        file=file,
+        item=error.key,
+        expected=error.expected,
+        found=repr(error.found)[:200],
+        fix="correct the value, or take the file from the checkpoint's source again",
+    )

@@ -1,0 +1,118 @@
+"""Mixtral (Jiang et al. 2024); reference: transformers 5.23 `models/mixtral/modeling_mixtral.py`.
+
+Every layer sparse, softmax router with renormalised weights, SwiGLU experts, grouped-query attention without biases.
+"""
+
+import dataclasses
+
+import jax
+from jax.typing import DTypeLike
+from jaxtyping import PRNGKeyArray
+
+from eqx_moe.checkpoint.names import Name
+from eqx_moe.execution import AbstractExecution
+from eqx_moe.family.base import ROTARY_BUFFERS, Family, Layouts, decoder, decoder_names, gqa
+from eqx_moe.family.config import ConfigError, RopeParameters, check_common
+from eqx_moe.family.rope import rope
+from eqx_moe.nn.attention import Attention
+from eqx_moe.nn.decoder import Decoder
+from eqx_moe.nn.experts import Experts
+from eqx_moe.nn.moe import MoE
+from eqx_moe.nn.router import SoftmaxTopKRouter
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtralConfig:
+    """config.json of a Mixtral model, under its own names; `intermediate_size` is the width of one expert."""
+
+    vocab_size: int = 32_000
+    hidden_size: int = 4096
+    intermediate_size: int = 14_336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 131_072
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters = RopeParameters(rope_theta=1e6)
+    sliding_window: int | None = None
+    attention_dropout: float = 0.0
+    num_local_experts: int = 8
+    num_experts_per_tok: int = 2
+    router_aux_loss_coef: float = 0.001
+    router_jitter_noise: float = 0.0
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    pad_token_id: int | None = None
+    dtype: str | None = None
+    extra: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self):
+        check_common(self)
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise ConfigError(
+                "num_experts_per_tok", f"at most num_local_experts ({self.num_local_experts})", self.num_experts_per_tok
+            )
+        if self.router_aux_loss_coef < 0:
+            raise ConfigError("router_aux_loss_coef", "at least 0", self.router_aux_loss_coef)
+        if not 0 <= self.router_jitter_noise < 1:
+            raise ConfigError("router_jitter_noise", "in [0, 1)", self.router_jitter_noise)
+        rope(self)
+
+
+def build(config: MixtralConfig, *, key: PRNGKeyArray, dtype: DTypeLike, execution: AbstractExecution) -> Decoder:
+    """A Mixtral with random weights."""
+    hidden, std = config.hidden_size, config.initializer_range
+
+    def attention(layer: int, key: PRNGKeyArray) -> Attention:
+        return gqa(config, window=config.sliding_window, dtype=dtype, key=key)
+
+    def moe(layer: int, key: PRNGKeyArray) -> MoE:
+        router_key, experts_key = jax.random.split(key)
+        return MoE(
+            router=SoftmaxTopKRouter(
+                hidden, config.num_local_experts, config.num_experts_per_tok, std=std, dtype=dtype, key=router_key
+            ),
+            experts=Experts(
+                config.num_local_experts, hidden, config.intermediate_size, std=std, dtype=dtype, key=experts_key
+            ),
+            execution=execution,
+            jitter=config.router_jitter_noise,
+        )
+
+    return decoder(config, attention=attention, feed_forward=moe, dtype=dtype, key=key)
+
+
+_EXPERTS, _ORIGINAL, _PACKED = "layers.{l}.moe.experts.", "model.layers.{l}.block_sparse_moe.", "model.layers.{l}.mlp."
+
+
+def names(config: MixtralConfig) -> Layouts:
+    """As released (an own tensor per expert), and as transformers 5 packs it."""
+    shared = decoder_names(config)
+    original = (
+        Name("layers.{l}.moe.router.weight", _ORIGINAL + "gate.weight"),
+        Name(_EXPERTS + "gate", _ORIGINAL + "experts.{e}.w1.weight"),
+        Name(_EXPERTS + "up", _ORIGINAL + "experts.{e}.w3.weight"),
+        Name(_EXPERTS + "down", _ORIGINAL + "experts.{e}.w2.weight"),
+    )
+    packed = (
+        Name("layers.{l}.moe.router.weight", _PACKED + "gate.weight"),
+        Name((_EXPERTS + "gate", _EXPERTS + "up"), _PACKED + "experts.gate_up_proj"),
+        Name(_EXPERTS + "down", _PACKED + "experts.down_proj"),
+    )
+    return {"original": shared + original, "packed": shared + packed}
+
+
+FAMILY = Family(
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    config=MixtralConfig,
+    build=build,
+    names=names,
+    default_theta=1e6,
+    aliases={"num_experts": "num_local_experts"},
+    skipped=ROTARY_BUFFERS,
+)

@@ -1,0 +1,80 @@
+"""Qwen2 (Yang et al. 2024); reference: transformers 5.23 `models/qwen2/modeling_qwen2.py`.
+
+Dense: grouped-query attention with biases on q, k and v, SwiGLU, sliding windows by layer.
+"""
+
+import dataclasses
+
+from jax.typing import DTypeLike
+from jaxtyping import PRNGKeyArray
+
+from eqx_moe.execution import AbstractExecution
+from eqx_moe.family.base import ROTARY_BUFFERS, Family, Layouts, decoder, decoder_names, gqa, mlp_names
+from eqx_moe.family.config import RopeParameters, check_common, check_windows, window_of
+from eqx_moe.family.rope import rope
+from eqx_moe.nn.attention import Attention
+from eqx_moe.nn.decoder import Decoder
+from eqx_moe.nn.mlp import MLP
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2Config:
+    """config.json of a Qwen2 model, under its own names."""
+
+    vocab_size: int = 151_936
+    hidden_size: int = 4096
+    intermediate_size: int = 22_016
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 32
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32_768
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters = RopeParameters()
+    use_sliding_window: bool = False
+    sliding_window: int | None = 4096
+    max_window_layers: int = 28
+    layer_types: tuple[str, ...] | None = None
+    attention_dropout: float = 0.0
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+    dtype: str | None = None
+    extra: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self):
+        check_common(self)
+        check_windows(self)
+        rope(self)
+
+
+def build(config: Qwen2Config, *, key: PRNGKeyArray, dtype: DTypeLike, execution: AbstractExecution) -> Decoder:
+    """A Qwen2 with random weights; it has no experts, so `execution` says nothing to it."""
+
+    def attention(layer: int, key: PRNGKeyArray) -> Attention:
+        return gqa(config, window=window_of(config, layer), qkv_bias=True, dtype=dtype, key=key)
+
+    def mlp(layer: int, key: PRNGKeyArray) -> MLP:
+        std = config.initializer_range
+        return MLP(config.hidden_size, config.intermediate_size, std=std, dtype=dtype, key=key)
+
+    return decoder(config, attention=attention, feed_forward=mlp, dtype=dtype, key=key)
+
+
+def names(config: Qwen2Config) -> Layouts:
+    """Dense models have one layout; it answers to both names."""
+    rows = decoder_names(config, qkv_bias=True) + mlp_names()
+    return {"original": rows, "packed": rows}
+
+
+FAMILY = Family(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    config=Qwen2Config,
+    build=build,
+    names=names,
+    skipped=ROTARY_BUFFERS,
+)

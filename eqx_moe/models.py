@@ -1,0 +1,108 @@
+"""Models from configs: which families there are, random weights, and the same weights run otherwise."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import PRNGKeyArray
+
+from eqx_moe.errors import CheckpointError
+from eqx_moe.execution import AbstractExecution, resolve
+from eqx_moe.family import FAMILIES, Family
+from eqx_moe.nn.decoder import Decoder
+
+
+def families() -> dict[str, type]:
+    """The supported families: `model_type` of config.json -> config class."""
+    return {model_type: family.config for model_type, family in FAMILIES.items()}
+
+
+def family_of(config: object) -> Family:
+    """The family whose config this is."""
+    for family in FAMILIES.values():
+        if isinstance(config, family.config):
+            return family
+    raise ValueError(f"`config` must be an object of one of {[c.__name__ for c in families().values()]}; got {type(config)}.")
+
+
+def parse_config(data: Mapping[str, Any], file: str) -> Any:
+    """The config dataclass from a config.json object; `model_type` chooses the family."""
+    model_type = data.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise CheckpointError(
+            code="CFG-MODEL-TYPE",
+            doing="reading the config of a model",
+            file=file,
+            item="model_type",
+            expected=f"one of {sorted(FAMILIES)}",
+            found=repr(model_type)[:200],
+            fix="this version supports no other family; docs/architecture.md says what adding one takes",
+        )
+    return FAMILIES[model_type].parse(data, file)
+
+
+def config_to_json(config: Any, dtype: str) -> dict[str, Any]:
+    """The config.json object of a model saved in `dtype`."""
+    return family_of(config).to_json(config, dtype)
+
+
+def init(
+    config: object,
+    *,
+    key: PRNGKeyArray,
+    dtype: DTypeLike = "float32",
+    mesh: Mesh | None = None,
+    execution: str | AbstractExecution | None = None,
+) -> Decoder:
+    """A model with random weights, for training from scratch.
+
+    Matrices are normal with the config's `initializer_range`, norms one, biases zero; `dtype` is that of all weights.
+    """
+    refuse_mesh(mesh)
+    return family_of(config).build(config, key=key, dtype=jnp.dtype(dtype), execution=resolve(execution))
+
+
+def skeleton(config: object, *, dtype: DTypeLike = "float32", execution: str | AbstractExecution | None = None) -> Decoder:
+    """The model that `init` would make, with a `jax.ShapeDtypeStruct` for every weight: no memory, no time."""
+    return eqx.filter_eval_shape(lambda: init(config, key=jax.random.key(0), dtype=dtype, execution=execution))
+
+
+def with_options(
+    model: Decoder, *, mesh: Mesh | None = None, execution: str | AbstractExecution | None = None
+) -> Decoder:
+    """The same weights, run otherwise. `execution=None` picks the dropless one for this platform."""
+    refuse_mesh(mesh)
+    places = [i for i, layer in enumerate(model.layers) if layer.moe is not None]
+    if not places:
+        return model
+    chosen = resolve(execution)
+    return eqx.tree_at(
+        lambda m: [m.layers[i].moe for i in places],
+        model,
+        [_run_by(model.layers[i].moe, chosen) for i in places],
+    )
+
+
+def _run_by(moe, execution: AbstractExecution):
+    return type(moe)(router=moe.router, experts=moe.experts, execution=execution, jitter=moe.jitter)
+
+
+def refuse_mesh(mesh: Mesh | None) -> None:
+    """Sharded models are not there yet; better said than replicated in silence."""
+    if mesh is not None:
+        raise ValueError(f"`mesh` must be None: this version runs a model on one device; got {mesh!r}.")
+
+
+def count_parameters(model: Decoder) -> tuple[int, int]:
+    """How many parameters a model (or its `skeleton`) has, and how many of them one token uses."""
+    total = sum(leaf.size for leaf in jax.tree.leaves(model))
+    idle = 0
+    for layer in model.layers:
+        if layer.moe is not None:
+            experts, k = layer.moe.experts.num_experts, layer.moe.router.k
+            idle += sum(leaf.size for leaf in jax.tree.leaves(layer.moe.experts)) // experts * (experts - k)
+    return total, total - idle

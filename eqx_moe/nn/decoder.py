@@ -1,0 +1,197 @@
+"""The decoder: blocks between an embedding and a head. Every model here is one."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
+
+from eqx_moe.nn.attention import Attention, Rows, segment_layout
+from eqx_moe.nn.cache import Cache, LayerCache
+from eqx_moe.nn.embedding import Embedding
+from eqx_moe.nn.linear import Linear
+from eqx_moe.nn.mlp import MLP
+from eqx_moe.nn.moe import LayerRouting, MoE
+from eqx_moe.nn.norm import RMSNorm
+from eqx_moe.nn.rope import AbstractRope
+
+
+class RouterOutput(eqx.Module):
+    """What the routers decided: one entry per MoE layer, in order; empty for a dense model."""
+
+    logits: tuple[Float32[Array, "*batch seq experts"], ...]
+    choices: tuple[Int[Array, "*batch seq k"], ...]
+    weights: tuple[Float[Array, "*batch seq k"], ...]
+    drops: tuple[Int[Array, ""], ...]
+
+
+class Output(eqx.Module):
+    """What `forward` returns. `hidden` is normalised: `unembed` turns it into logits."""
+
+    hidden: Float[Array, "*batch seq hidden"]
+    cache: Cache | None
+    router: RouterOutput
+
+
+class Block(eqx.Module):
+    """Pre-norm residual block: attention, then a dense MLP or a mixture of experts."""
+
+    attention_norm: RMSNorm
+    attention: Attention
+    ffn_norm: RMSNorm
+    mlp: MLP | None
+    moe: MoE | None
+
+    def __check_init__(self):
+        if (self.mlp is None) == (self.moe is None):
+            raise ValueError("A block has either `mlp` or `moe`; got both or neither.")
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq hidden"],
+        rows: Rows,
+        tables: tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]],
+        cache: LayerCache | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "batch seq hidden"], LayerCache | None, LayerRouting | None]:
+        attended, cache = self.attention(self.attention_norm(x), rows, tables, cache)
+        x = x + attended
+        normed = self.ffn_norm(x)
+        if self.moe is None:
+            assert self.mlp is not None
+            return x + self.mlp(normed), cache, None
+        y, routing = self.moe(normed.reshape(-1, normed.shape[-1]), key)
+        return x + y.reshape(x.shape), cache, routing
+
+
+class Decoder(eqx.Module):
+    """A decoder-only language model.
+
+    `config` and `generation_config` are what it was built from: hashable records that this class only carries.
+    """
+
+    embed: Embedding
+    layers: tuple[Block, ...]
+    norm: RMSNorm
+    head: Linear | None
+    config: Any = eqx.field(static=True)
+    generation_config: Any = eqx.field(static=True)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "*batch seq"],
+        positions: Int[Array, "*batch seq"] | None = None,
+        segment_ids: Int[Array, "*batch seq"] | None = None,
+    ) -> Float32[Array, "*batch seq vocab"]:
+        """Next-token logits, float32. The arguments are those of `forward`."""
+        return self.unembed(self.forward(tokens, positions, segment_ids).hidden)
+
+    def forward(
+        self,
+        tokens: Int[Array, "*batch seq"],
+        positions: Int[Array, "*batch seq"] | None = None,
+        segment_ids: Int[Array, "*batch seq"] | None = None,
+        cache: Cache | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Output:
+        """Hidden states before the head, the advanced cache, and what the routers decided.
+
+        Args:
+            tokens: ids below the vocabulary size. Outside jit others are an error; under jit they give NaN.
+            positions: rotary positions, by default counted from 0 in every segment (with a cache: from where it stands).
+                They change nothing else: who sees whom goes by places in the row.
+            segment_ids: tokens see only their own segment; 0 is padding, whose outputs are finite and mean nothing. All ones by
+                default.
+            cache: from `init_cache` or an earlier call; the tokens are taken as its next places. Without jit, an error if
+                they do not fit; under jit the hidden states are then NaN.
+            key: given in training only; the router's jitter draws from it.
+        """
+        _refuse_bad_ids(tokens, self.embed.weight.shape[0])
+        shape = tokens.shape
+        tokens = tokens.reshape(-1, shape[-1])
+        if segment_ids is not None:
+            segment_ids = segment_ids.reshape(tokens.shape)
+        rows, default_positions, lengths = _rows(tokens, segment_ids, cache)
+        positions = default_positions if positions is None else positions.reshape(tokens.shape)
+
+        tables = {rope: rope.tables(positions, lengths) for rope in self._ropes()}
+        x = self.embed(tokens)
+        keys = [None] * len(self.layers) if key is None else jax.random.split(key, len(self.layers))
+        caches: list[LayerCache | None] = [None] * len(self.layers) if cache is None else list(cache.layers)
+        routings: list[LayerRouting] = []
+        for i, layer in enumerate(self.layers):
+            x, caches[i], routing = layer(x, rows, tables[layer.attention.rope], caches[i], keys[i])
+            if routing is not None:
+                routings.append(routing)
+        hidden = self.norm(x)
+        if cache is not None:
+            hidden = jnp.where(cache.filled + tokens.shape[1] <= cache.length, hidden, jnp.nan)
+            cache = eqx.tree_at(
+                lambda c: (c.layers, c.segments, c.filled),
+                cache,
+                (tuple(caches), rows.key_segments, cache.filled + tokens.shape[1]),
+            )
+        return Output(
+            hidden=hidden.reshape(*shape, -1),
+            cache=cache,
+            router=RouterOutput(
+                logits=tuple(routing.logits.reshape(*shape, -1) for routing in routings),
+                choices=tuple(routing.choices.reshape(*shape, -1) for routing in routings),
+                weights=tuple(routing.weights.reshape(*shape, -1) for routing in routings),
+                drops=tuple(routing.drops for routing in routings),
+            ),
+        )
+
+    def unembed(self, hidden: Float[Array, "*batch hidden"]) -> Float32[Array, "*batch vocab"]:
+        """Logits of hidden states, float32."""
+        weight = self.embed.weight if self.head is None else self.head.weight
+        return jnp.einsum("...h,vh->...v", hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `batch` rows of at most `length` places, in the dtype of the embedding."""
+        shapes = tuple((layer.attention.kv_heads, layer.attention.head_dim) for layer in self.layers)
+        return Cache(shapes, batch, length, self.embed.weight.dtype)
+
+    def _ropes(self) -> set[AbstractRope]:
+        return {layer.attention.rope for layer in self.layers}
+
+
+def _rows(tokens, segment_ids, cache: Cache | None):
+    """Places and segments of a call's tokens, their default positions, and the lengths of their segments."""
+    batch, seq = tokens.shape
+    index = jnp.arange(seq)
+    if segment_ids is None:
+        segments = jnp.ones((batch, seq), jnp.int32)
+        positions, lengths = jnp.broadcast_to(index, (batch, seq)), jnp.full((batch, 1), seq)
+    else:
+        segments = segment_ids.astype(jnp.int32)
+        positions, lengths = segment_layout(segments)
+    if cache is None:
+        return Rows(places=index, segments=segments, key_places=index, key_segments=segments), positions, lengths
+    _refuse_overflow(cache, seq)
+    earlier = jnp.arange(cache.length) < cache.filled
+    same = earlier & (cache.segments[:, None, :] == segments[:, :, None])
+    key_segments = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.filled, axis=1)
+    rows = Rows(
+        places=cache.filled + index, segments=segments, key_places=jnp.arange(cache.length), key_segments=key_segments
+    )
+    return rows, positions + jnp.sum(same, axis=-1), cache.lengths[:, None]
+
+
+def _refuse_bad_ids(tokens, vocab: int) -> None:
+    if isinstance(tokens, jax.core.Tracer) or tokens.size == 0:
+        return
+    ids = np.asarray(tokens)  # concrete even where a trace goes on around it
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab:
+        raise ValueError(f"Token ids must be in [0, {vocab}), the model's vocabulary; got {low if low < 0 else high}.")
+
+
+def _refuse_overflow(cache: Cache, seq: int) -> None:
+    if not isinstance(cache.filled, jax.core.Tracer) and int(cache.filled) + seq > cache.length:
+        raise ValueError(
+            f"The cache holds {cache.length} places, {int(cache.filled)} of them filled; got {seq} more tokens. "
+            "Make a longer one with `init_cache`."
+        )

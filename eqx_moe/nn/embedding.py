@@ -1,0 +1,22 @@
+"""Token embeddings."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+
+class Embedding(eqx.Module):
+    """A row per token id."""
+
+    weight: Float[Array, "vocab hidden"]
+
+    def __init__(self, vocab: int, hidden: int, *, std: float, dtype: DTypeLike, key: PRNGKeyArray):
+        self.weight = std * jax.random.normal(key, (vocab, hidden), dtype)
+
+    def __call__(self, tokens: Int[Array, "*batch seq"]) -> Float[Array, "*batch seq hidden"]:
+        """An id outside the vocabulary gives NaN. (JAX's own indexing would clamp it, or count from the end.)"""
+        vocab = self.weight.shape[0]
+        tokens = jnp.where(tokens < 0, vocab, tokens)
+        return jnp.take(self.weight, tokens, axis=0, mode="fill", fill_value=jnp.nan)

@@ -1,0 +1,31 @@
+"""Stacked expert weights and what one expert computes."""
+
+import equinox as eqx
+import jax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from eqx_moe.execution import StackedLinear
+
+
+class Experts(eqx.Module):
+    """SwiGLU experts, one matrix of each stack per expert."""
+
+    gate: Float[Array, "experts ffn hidden"]
+    up: Float[Array, "experts ffn hidden"]
+    down: Float[Array, "experts hidden ffn"]
+
+    def __init__(self, experts: int, hidden: int, ffn: int, *, std: float, dtype: DTypeLike, key: PRNGKeyArray):
+        gate_key, up_key, down_key = jax.random.split(key, 3)
+        self.gate = std * jax.random.normal(gate_key, (experts, ffn, hidden), dtype)
+        self.up = std * jax.random.normal(up_key, (experts, ffn, hidden), dtype)
+        self.down = std * jax.random.normal(down_key, (experts, hidden, ffn), dtype)
+
+    @property
+    def num_experts(self) -> int:
+        return self.gate.shape[0]
+
+    def __call__(self, x: Float[Array, "*rows hidden"], linear: StackedLinear) -> Float[Array, "*rows hidden"]:
+        """Rows through their experts; `linear` knows which expert a row belongs to, and how to multiply."""
+        gate, up, down = (stack.astype(x.dtype) for stack in (self.gate, self.up, self.down))
+        return linear(jax.nn.silu(linear(x, gate)) * linear(x, up), down)

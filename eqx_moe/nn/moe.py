@@ -1,0 +1,63 @@
+"""The mixture-of-experts block, and the loss that keeps its experts busy."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
+
+from eqx_moe.execution import AbstractExecution
+from eqx_moe.nn.experts import Experts
+from eqx_moe.nn.router import AbstractRouter
+
+
+class LayerRouting(eqx.Module):
+    """What one MoE block decided for its tokens."""
+
+    logits: Float32[Array, "*tokens experts"]
+    choices: Int[Array, "*tokens k"]
+    weights: Float[Array, "*tokens k"]
+    drops: Int[Array, ""]
+
+
+class MoE(eqx.Module):
+    """Router, experts, and the execution that brings them together."""
+
+    router: AbstractRouter
+    experts: Experts
+    execution: AbstractExecution = eqx.field(static=True)
+    jitter: float = eqx.field(static=True, default=0.0)
+
+    def __call__(
+        self, x: Float[Array, "tokens hidden"], key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, "tokens hidden"], LayerRouting]:
+        """With a key (training) the input is multiplied by uniform noise in [1 - jitter, 1 + jitter] first.
+
+        The experts see the noise too, as in transformers' Mixtral; in the Switch paper (Fedus et al. 2021) only the router does.
+        """
+        if key is not None and self.jitter > 0:
+            x = x * jax.random.uniform(key, x.shape, x.dtype, 1 - self.jitter, 1 + self.jitter)
+        logits = self.router.logits(x)
+        routing = self.router.route(logits)
+        y, drops = self.execution(x, routing, self.experts)
+        return y, LayerRouting(logits=logits, choices=routing.experts, weights=routing.weights, drops=drops)
+
+
+def load_balancing_loss(
+    logits: tuple[Float32[Array, "*tokens experts"], ...], k: int, mask: Bool[Array, "*tokens"] | None = None
+) -> Float32[Array, ""]:
+    """`experts * sum_e f_e P_e`: f_e the share of tokens that choose expert e, P_e its mean probability.
+
+    Statistics are pooled over layers before the product and f sums to k, so that uniform routing gives k, not 1: the form of
+    transformers' `load_balancing_loss_func` (Switch Transformers, equations 4-6, sum over each layer instead).
+    Tokens where `mask` is False count nowhere; with none left the loss is zero.
+    """
+    experts = logits[0].shape[-1]
+    pooled = jnp.stack([layer.reshape(-1, experts) for layer in logits])
+    counts = jnp.ones(pooled.shape[1]) if mask is None else mask.reshape(-1).astype(jnp.float32)
+    probabilities = jax.nn.softmax(pooled, axis=-1)
+    _, chosen = jax.lax.top_k(probabilities, k)
+    hits = jnp.sum(jax.nn.one_hot(chosen, experts), axis=-2)
+    total = jnp.maximum(len(logits) * jnp.sum(counts), 1.0)
+    share = jnp.einsum("lte,t->e", hits, counts) / total
+    mean = jnp.einsum("lte,t->e", probabilities, counts) / total
+    return experts * jnp.sum(share * mean)

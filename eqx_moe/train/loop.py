@@ -1,0 +1,194 @@
+"""The training step, the loop around it, and measuring."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, PRNGKeyArray, PyTree, Shaped
+from tqdm import tqdm
+
+from eqx_moe.errors import EqxMoeError
+from eqx_moe.nn.decoder import Decoder
+from eqx_moe.train.batch import Batch
+from eqx_moe.train.losses import loss
+
+Metrics = dict[str, Shaped[Array, ""]]
+Step = Callable[[Decoder, PyTree, Batch, PRNGKeyArray | None], tuple[Decoder, PyTree, Metrics]]
+
+
+class DivergedError(EqxMoeError, ArithmeticError):
+    """The loss or the gradient of a training step was not finite."""
+
+
+def adamw(
+    learning_rate: float,
+    steps: int,
+    *,
+    warmup: int | None = None,
+    weight_decay: float = 0.1,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    clip: float = 1.0,
+) -> optax.GradientTransformation:
+    """AdamW as language models are usually trained: linear warm-up, cosine decay to a tenth, gradients clipped by their norm.
+
+    Only matrices (and stacks of them) decay, not norms and biases. `warmup` is a twentieth of the steps by default.
+    """
+    if steps < 1:
+        raise ValueError(f"`steps` must be positive; got {steps}.")
+    warmup = steps // 20 if warmup is None else warmup
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=learning_rate / (warmup + 1),
+        peak_value=learning_rate,
+        warmup_steps=warmup,
+        decay_steps=max(steps, warmup + 1),
+        end_value=learning_rate / 10,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(clip),
+        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=are_matrices),
+    )
+
+
+def are_matrices(params: PyTree) -> PyTree[bool]:
+    """True where a leaf is a matrix or a stack of matrices: what weight decay is for."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def init_optimizer(optimizer: optax.GradientTransformation, model: Decoder) -> PyTree:
+    """The optimizer's state for a model's weights."""
+    return optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+
+
+def make_step(optimizer: optax.GradientTransformation) -> Step:
+    """One training step, compiled as one: `step(model, opt_state, batch, key) -> (model, opt_state, metrics)`.
+
+    The model and the optimizer state that go in are donated: their memory is used again for those that come out, and
+    neither may be used after the call. If the loss or a gradient is not finite, both come out as they went in. The metrics
+    are those of `loss`, `grad_norm`, and `finite`, which says whether the update was made.
+    """
+
+    @eqx.filter_jit(donate="all-except-first")
+    def donating(given: tuple[Batch, PRNGKeyArray | None], model: Decoder, opt_state: PyTree):
+        batch, key = given
+        (_, metrics), grads = eqx.filter_value_and_grad(loss, has_aux=True)(model, batch, key)
+        params, rest = eqx.partition(model, eqx.is_inexact_array)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+        updates, new_state = optimizer.update(grads, opt_state, params)
+        new_params = optax.apply_updates(params, updates)
+        model = eqx.combine(_choose(finite, new_params, params), rest)
+        return model, _choose(finite, new_state, opt_state), metrics | {"grad_norm": grad_norm, "finite": finite}
+
+    def step(model: Decoder, opt_state: PyTree, batch: Batch, key: PRNGKeyArray | None = None):
+        return donating((batch, key), model, opt_state)
+
+    return step
+
+
+def _choose(condition: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def fit(
+    model: Decoder,
+    batches: Iterator[Batch],
+    *,
+    steps: int,
+    optimizer: optax.GradientTransformation,
+    key: PRNGKeyArray | None = None,
+    progress: bool = True,
+    on_step: Callable[[int, Decoder, dict[str, float]], Any] | None = None,
+) -> tuple[Decoder, list[dict[str, float]]]:
+    """Trains a model for some steps.
+
+    Args:
+        model: left as it is; training works on a copy.
+        batches: such as `batches(...)` of this package; one is taken a step.
+        steps: how many.
+        optimizer: such as `adamw(...)` of this package.
+        key: for the router's jitter; None trains without it.
+        progress: a bar with the loss and tokens a second on stderr, where that is a terminal.
+        on_step: called as `on_step(step, model, metrics)` after each step, which are counted from 1. The model is valid
+            during the call only: the next step overwrites it.
+
+    Returns:
+        The trained model, and the metrics of every step.
+
+    Raises:
+        DivergedError: if a loss or gradient is not finite, with the step. The update was not made.
+        ValueError: if there are fewer batches than steps.
+    """
+    if steps < 1:
+        raise ValueError(f"`steps` must be positive; got {steps}.")
+    model = jax.tree.map(lambda leaf: jnp.copy(leaf) if eqx.is_array(leaf) else leaf, model)
+    opt_state = init_optimizer(optimizer, model)
+    step_once = make_step(optimizer)
+    history: list[dict[str, float]] = []
+    tokens, began = 0, time.perf_counter()
+    with tqdm(total=steps, desc="training", unit="step", disable=None if progress else True) as bar:
+        for step in range(1, steps + 1):
+            batch = next(batches, None)
+            if batch is None:
+                raise ValueError(f"`batches` ended after {step - 1} of {steps} steps.")
+            step_key = None if key is None else jax.random.fold_in(key, step)
+            model, opt_state, traced = step_once(model, opt_state, batch, step_key)
+            metrics = {name: float(value) for name, value in jax.device_get(traced).items()}
+            if not metrics.pop("finite"):
+                raise DivergedError(
+                    f"Training diverged at step {step} of {steps}: loss {metrics['loss']}, gradient norm "
+                    f"{metrics['grad_norm']}. The update of this step was not made. Lower the learning rate, or look at "
+                    "the batch of this step and at the weights for values that are not finite."
+                )
+            history.append(metrics)
+            if step == 1:
+                began = time.perf_counter()  # The first step compiles; it says nothing about the speed.
+            else:
+                tokens += batch.tokens.size
+            speed = tokens / max(time.perf_counter() - began, 1e-9)
+            bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            bar.update()
+            if on_step is not None:
+                on_step(step, model, metrics)
+    return model, history
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How well a model predicts a text."""
+
+    nats: float
+    tokens: int
+    nats_per_token: float
+    nats_per_byte: float | None
+
+
+def evaluate(model: Decoder, batches: Iterable[Batch], *, byte_count: int | None = None, progress: bool = False) -> Evaluation:
+    """The cross-entropy of a model on some batches, each counted token once; `byte_count` is the length of their text.
+
+    Raises `ValueError` if no token is counted.
+    """
+    nats, tokens = 0.0, 0
+    for batch in tqdm(batches, desc="measuring", unit="batch", leave=False, disable=None if progress else True):
+        metrics = jax.device_get(_measure(model, batch))
+        nats += float(metrics["cross_entropy"]) * int(metrics["tokens"])
+        tokens += int(metrics["tokens"])
+    if tokens == 0:
+        raise ValueError("`batches` hold no token that is counted; nothing can be measured.")
+    return Evaluation(
+        nats=nats,
+        tokens=tokens,
+        nats_per_token=nats / tokens,
+        nats_per_byte=None if byte_count is None else nats / byte_count,
+    )
+
+
+@eqx.filter_jit
+def _measure(model: Decoder, batch: Batch) -> Metrics:
+    return loss(model, batch)[1]
+

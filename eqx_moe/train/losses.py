@@ -1,0 +1,51 @@
+"""What training minimises."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int, PRNGKeyArray, Shaped
+
+from eqx_moe.kernels.cross_entropy import IGNORE, cross_entropy
+from eqx_moe.nn.decoder import Decoder
+from eqx_moe.nn.moe import load_balancing_loss
+from eqx_moe.train.batch import Batch
+
+
+def next_tokens(batch: Batch) -> Int[Array, "batch seq"]:
+    """The label that each place predicts: that of the next place, or -100 where the next place is of another segment."""
+    same = (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]) & (batch.segment_ids[:, 1:] != 0)
+    labels = jnp.where(same, batch.labels[:, 1:], IGNORE)
+    return jnp.pad(labels, ((0, 0), (0, 1)), constant_values=IGNORE)
+
+
+def loss(
+    model: Decoder, batch: Batch, key: PRNGKeyArray | None = None
+) -> tuple[Float32[Array, ""], dict[str, Shaped[Array, ""]]]:
+    """The training loss of a batch, and the metrics it is made of.
+
+    It is the mean cross-entropy over the counted tokens, plus `config.router_aux_loss_coef` times the load-balancing loss
+    over the tokens that are not padding where the config has that coefficient: what transformers returns as `loss` with
+    `output_router_logits=True`. A batch without counted tokens has loss 0.
+
+    Args:
+        model: a language model.
+        batch: see `Batch`. Ids outside the vocabulary make the loss NaN under jit.
+        key: for the router's jitter, in families that have one; None trains without it.
+
+    Returns:
+        The loss, and scalars: `loss`, `cross_entropy` (nats a token), `tokens` (how many were counted), and for
+        mixture-of-experts models `aux_loss`, the load-balancing loss before its coefficient.
+    """
+    labels = next_tokens(batch)
+    out = model.forward(batch.tokens, segment_ids=batch.segment_ids, key=key)
+    unembedding = model.embed.weight if model.head is None else model.head.weight
+    nll = cross_entropy(out.hidden.reshape(-1, out.hidden.shape[-1]), unembedding, labels.reshape(-1))
+    tokens = jnp.sum(labels != IGNORE)
+    cross_entropy_ = jnp.sum(nll) / jnp.maximum(tokens, 1)
+    metrics = {"cross_entropy": cross_entropy_, "tokens": tokens}
+    total = cross_entropy_
+    if out.router.logits:
+        k = out.router.choices[0].shape[-1]
+        metrics["aux_loss"] = load_balancing_loss(out.router.logits, k, batch.segment_ids != 0)
+        coefficient = getattr(model.config, "router_aux_loss_coef", 0.0)
+        if coefficient > 0:
+            total = total + jnp.where(tokens > 0, coefficient * metrics["aux_loss"], 0.0)
+    return total, {"loss": total, **metrics}

@@ -1,0 +1,139 @@
+"""The configs that every family is tried with: at least eight each, as config.json objects, with sizes that all differ."""
+
+import dataclasses
+from typing import Any
+
+SIZES = dict(
+    vocab_size=53,
+    hidden_size=24,
+    intermediate_size=20,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=10,
+    max_position_embeddings=96,
+    initializer_range=0.2,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+EXPERTS = dict(num_local_experts=5, num_experts_per_tok=2)
+
+LINEAR = dict(rope_type="linear", rope_theta=1e4, factor=3.0)
+DYNAMIC = dict(rope_type="dynamic", rope_theta=1e4, factor=2.5)
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=5e3, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=24,
+)  # fmt: skip
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=24)
+YARN_FULL = dict(YARN, beta_fast=16.0, beta_slow=2.0, mscale=0.7, mscale_all_dim=1.3, truncate=False)
+LONGROPE = dict(
+    rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=20,
+    short_factor=[1.0, 1.1, 1.2, 1.3, 1.5], long_factor=[1.0, 2.0, 3.5, 5.0, 8.0],
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One config of a family, and how its checkpoint lies on disk. `length` is that of the text it is compared on."""
+
+    model_type: str
+    name: str
+    config: dict[str, Any]
+    packed: bool = False
+    shards: bool = False
+    length: int = 37
+
+    def __str__(self) -> str:
+        return f"{self.model_type}-{self.name}"
+
+    __repr__ = __str__
+
+    @property
+    def generation(self) -> tuple[int, int]:
+        """A prompt length and a number of new tokens such that transformers keeps its rotary frequencies all the way."""
+        positions = self.config["max_position_embeddings"]
+        rope = self.config.get("rope_parameters", {})
+        if rope.get("rope_type") == "longrope":
+            original = rope["original_max_position_embeddings"]
+            return (original + 3, 32) if self.length > original else (8, original - 8)
+        if rope.get("rope_type") == "dynamic":
+            return 12, min(32, positions - 12)
+        return 12, 32
+
+    @property
+    def parsed(self):
+        """The config as this library's own object."""
+        from eqx_moe.models import parse_config
+
+        return parse_config({**self.config, "model_type": self.model_type}, "config.json")
+
+
+def _case(model_type: str, name: str, *, packed=False, shards=False, length=37, **config) -> Case:
+    experts = EXPERTS if model_type == "mixtral" else {}
+    return Case(model_type, name, {**SIZES, **experts, **config}, packed, shards, length)
+
+
+MIXTRAL = [
+    _case("mixtral", "plain"),
+    _case("mixtral", "packed", packed=True, num_local_experts=3, num_experts_per_tok=1),
+    _case("mixtral", "sharded-tied", shards=True, tie_word_embeddings=True, num_hidden_layers=3),
+    _case("mixtral", "window-packed-shards", packed=True, shards=True, sliding_window=7),
+    _case("mixtral", "many-experts", num_local_experts=13, num_experts_per_tok=4, num_key_value_heads=1, head_dim=6),
+    _case("mixtral", "mha-yarn", num_key_value_heads=4, rope_parameters=YARN, sliding_window=11),
+    _case("mixtral", "longrope-long", rope_parameters=LONGROPE, packed=True),
+    _case("mixtral", "longrope-short", rope_parameters=LONGROPE, length=19),
+    _case("mixtral", "dynamic-short", rope_parameters=DYNAMIC),
+    _case("mixtral", "dynamic-long", rope_parameters=DYNAMIC, max_position_embeddings=23),
+    _case("mixtral", "linear-all-experts", rope_parameters=LINEAR, num_experts_per_tok=5, intermediate_size=36),
+]
+LLAMA = [
+    _case("llama", "plain"),
+    _case("llama", "tied-shards", tie_word_embeddings=True, shards=True),
+    _case("llama", "biases", attention_bias=True, mlp_bias=True),
+    _case("llama", "llama3", rope_parameters=LLAMA3, num_key_value_heads=1),
+    _case("llama", "linear", rope_parameters=LINEAR, num_hidden_layers=3),
+    _case("llama", "dynamic-long", rope_parameters=DYNAMIC, max_position_embeddings=23, head_dim=6),
+    _case("llama", "yarn-full", rope_parameters=YARN_FULL, attention_bias=True),
+    _case("llama", "longrope-long", rope_parameters=LONGROPE, mlp_bias=True, packed=True),
+    _case("llama", "longrope-short", rope_parameters=LONGROPE, length=20, num_key_value_heads=4),
+]
+MISTRAL = [
+    _case("mistral", "window", sliding_window=9),
+    _case("mistral", "no-window", sliding_window=None, num_key_value_heads=1),
+    _case("mistral", "tied-shards", sliding_window=13, tie_word_embeddings=True, shards=True),
+    _case("mistral", "wide-window", sliding_window=64, head_dim=6),
+    _case("mistral", "yarn", sliding_window=5, rope_parameters=YARN_FULL),
+    _case("mistral", "llama3", sliding_window=None, rope_parameters=LLAMA3, num_hidden_layers=3),
+    _case("mistral", "window-one", sliding_window=1, rope_parameters=LINEAR),
+    _case("mistral", "dynamic-long", sliding_window=19, rope_parameters=DYNAMIC, max_position_embeddings=23),
+    _case("mistral", "longrope-long", sliding_window=None, rope_parameters=LONGROPE, packed=True),
+]
+QWEN2 = [
+    _case("qwen2", "plain"),
+    _case("qwen2", "tied-shards", tie_word_embeddings=True, shards=True, num_hidden_layers=3),
+    _case("qwen2", "windows-above-one", use_sliding_window=True, sliding_window=6, max_window_layers=1),
+    _case("qwen2", "windows-all", use_sliding_window=True, sliding_window=11, max_window_layers=0, num_key_value_heads=4),
+    _case("qwen2", "layer-types", use_sliding_window=True, sliding_window=8, num_hidden_layers=3,
+          layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    _case("qwen2", "yarn", rope_parameters=YARN, num_key_value_heads=1),
+    _case("qwen2", "dynamic-long", rope_parameters=DYNAMIC, max_position_embeddings=23),
+    _case("qwen2", "linear", rope_parameters=LINEAR, head_dim=6),
+    _case("qwen2", "longrope-long", rope_parameters=LONGROPE, packed=True),
+]  # fmt: skip
+QWEN3 = [
+    _case("qwen3", "plain"),
+    _case("qwen3", "tied-biases", tie_word_embeddings=True, attention_bias=True),
+    _case("qwen3", "windows-above-one", use_sliding_window=True, sliding_window=6, max_window_layers=1, shards=True),
+    _case("qwen3", "layer-types", use_sliding_window=True, sliding_window=8, num_hidden_layers=3,
+          layer_types=["full_attention", "sliding_attention", "full_attention"]),
+    _case("qwen3", "yarn-biases", rope_parameters=YARN_FULL, attention_bias=True, num_key_value_heads=1),
+    _case("qwen3", "llama3", rope_parameters=LLAMA3, num_key_value_heads=4),
+    _case("qwen3", "dynamic-long", rope_parameters=DYNAMIC, max_position_embeddings=23, head_dim=6),
+    _case("qwen3", "linear", rope_parameters=LINEAR, num_hidden_layers=3),
+    _case("qwen3", "longrope-long", rope_parameters=LONGROPE, packed=True),
+]  # fmt: skip
+
+CASES = [*MIXTRAL, *LLAMA, *MISTRAL, *QWEN2, *QWEN3]
+
+#: One or two per family, for properties that do not depend on every switch.
+FEW = [MIXTRAL[3], MIXTRAL[6], LLAMA[2], MISTRAL[0], QWEN2[4], QWEN3[1]]

@@ -1,0 +1,158 @@
+"""Execution strategies against the dense oracle, and the grouped matrix product against its own."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import eqx_moe
+from eqx_moe.execution import Dense, Grouped, Routing, resolve
+from eqx_moe.kernels.grouped_matmul import grouped_matmul, grouped_matmul_oracle
+from eqx_moe.nn.experts import Experts
+from eqx_moe.nn.moe import load_balancing_loss
+from eqx_moe.nn.router import SoftmaxTopKRouter
+
+# (rows, groups, in, out): few rows, one group, more groups than rows, sizes that divide nothing.
+SHAPES = [(1, 7, 5, 11), (2, 3, 13, 7), (37, 5, 11, 6), (90, 1, 7, 9), (301, 4, 6, 5), (64, 64, 3, 10)]
+
+
+@st.composite
+def groupings(draw):
+    """A shape and the sizes of its groups: at random, all in one group, or rows left over at the end."""
+    rows, groups, inner, outer = draw(st.sampled_from(SHAPES))
+    kind = draw(st.sampled_from(["random", "one", "rest"]))
+    if kind == "one":
+        sizes = [0] * groups
+        sizes[draw(st.integers(0, groups - 1))] = rows
+    else:
+        cuts = sorted(draw(st.lists(st.integers(0, rows), min_size=groups, max_size=groups)))
+        if kind == "random":
+            cuts[-1] = rows
+        sizes = np.diff([0, *cuts]).tolist()
+    return (rows, groups, inner, outer), np.asarray(sizes, np.int32), draw(st.integers(0, 2**31 - 1))
+
+
+@jax.jit
+def _both(x, weight, sizes, dy):
+    out, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, weight)
+    expected, pull_expected = jax.vjp(lambda x, w: grouped_matmul_oracle(x, w, sizes), x, weight)
+    return (out, *pull(dy)), (expected, *pull_expected(dy))
+
+
+@given(groupings())
+@settings(max_examples=60, deadline=None)
+def test_grouped_matmul_equals_its_oracle_in_value_and_gradients(case):
+    (rows, groups, inner, outer), sizes, seed = case
+    random = np.random.default_rng(seed)
+    x, weight, dy = (random.normal(size=shape).astype(np.float32) for shape in ((rows, inner), (groups, outer, inner), (rows, outer)))
+    found, expected = _both(x, weight, sizes, dy)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_past_the_groups_may_hold_anything():
+    """Also infinities: they reach neither the result nor a gradient."""
+    sizes = jnp.asarray([2, 0, 3])
+    x = jnp.ones((8, 5)).at[5:].set(jnp.inf)
+    weight = jnp.ones((3, 4, 5))
+    out, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, weight)
+    dx, dweight = pull(jnp.ones_like(out))
+    assert jnp.all(out[:5] == 5) and jnp.all(out[5:] == 0)
+    assert jnp.all(dx[5:] == 0) and jnp.all(jnp.isfinite(dweight))
+    assert jnp.all(dweight == jnp.asarray([2.0, 0.0, 3.0])[:, None, None])
+
+
+def test_bfloat16_accumulates_in_float32():
+    x = jnp.ones((3, 4096), jnp.bfloat16)
+    out = grouped_matmul(x, jnp.full((2, 1, 4096), 1 / 64, jnp.bfloat16), jnp.asarray([1, 2]))
+    assert out.dtype == jnp.bfloat16 and jnp.all(out == 64)
+
+
+# (tokens, hidden, ffn, experts, k)
+BLOCKS = [(1, 6, 5, 4, 2), (19, 7, 11, 5, 3), (40, 5, 6, 13, 1), (33, 9, 4, 3, 3), (11, 3, 7, 64, 8)]
+
+
+@eqx.filter_jit
+def _run(execution, x, weights, chosen, experts, dy):
+    def value(x, weights, experts):
+        return execution(x, Routing(chosen, weights), experts)[0]
+
+    out, pull = eqx.filter_vjp(value, x, weights, experts)
+    return out, jax.tree.leaves(pull(dy))
+
+
+@given(st.sampled_from(BLOCKS), st.sampled_from(["random", "same"]), st.integers(0, 2**31 - 1))
+@settings(max_examples=40, deadline=None)
+def test_grouped_equals_dense_in_value_and_gradients(shape, kind, seed):
+    tokens, hidden, ffn, count, k = shape
+    random = np.random.default_rng(seed)
+    if kind == "same":  # all tokens to the same experts, the others stay empty
+        chosen = np.tile(random.permutation(count)[:k], (tokens, 1))
+    else:
+        chosen = np.stack([random.permutation(count)[:k] for _ in range(tokens)])
+    x, dy = random.normal(size=(2, tokens, hidden)).astype(np.float32)
+    weights = random.normal(size=(tokens, k)).astype(np.float32)
+    experts = Experts(count, hidden, ffn, std=0.5, dtype="float32", key=jax.random.key(seed))
+    found, expected = (
+        _run(execution, x, weights, chosen.astype(np.int32), experts, dy) for execution in (Grouped(), Dense())
+    )
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(found[1], expected[1], strict=True):
+        assert np.isfinite(ours).all()
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_permuting_experts_permutes_nothing_else(getkey):
+    router = SoftmaxTopKRouter(7, 5, 2, std=0.5, dtype="float32", key=getkey())
+    experts = Experts(5, 7, 11, std=0.5, dtype="float32", key=getkey())
+    x = jax.random.normal(getkey(), (23, 7))
+    order = jnp.asarray([3, 0, 4, 2, 1])
+    moved = jax.tree.map(lambda leaf: leaf[order], experts)
+    moved_router = eqx.tree_at(lambda r: r.weight, router, router.weight[order])
+
+    def run(router, experts):
+        routing = router.route(router.logits(x))
+        np.testing.assert_allclose(routing.weights.sum(-1), 1, rtol=1e-6)
+        return Grouped()(x, routing, experts)[0]
+
+    np.testing.assert_allclose(run(router, experts), run(moved_router, moved), rtol=1e-5, atol=1e-6)
+
+
+def test_router_is_the_papers():
+    """The softmax over the k largest logits, which equals renormalised probabilities; ties go to the lower expert."""
+    router = SoftmaxTopKRouter(3, 4, 2, std=0.0, dtype="bfloat16", key=jax.random.key(0))
+    logits = jnp.asarray([[1.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
+    routing = router.route(logits)
+    assert routing.experts.tolist() == [[1, 2], [0, 1]] and routing.weights.dtype == jnp.float32
+    np.testing.assert_allclose(routing.weights, 0.5)
+    assert router.logits(jnp.ones((2, 3), jnp.bfloat16)).dtype == jnp.float32
+    for k in (0, 5):
+        with pytest.raises(ValueError, match=rf"k={k} and experts=4"):
+            SoftmaxTopKRouter(3, 4, k, std=1.0, dtype="float32", key=jax.random.key(0))
+
+
+def test_load_balancing_loss_by_hand():
+    """Uniform routing gives k; two layers are pooled before the product; masked tokens count nowhere."""
+    uniform = jnp.log(jnp.asarray([[0.4, 0.35, 0.15, 0.1], [0.1, 0.15, 0.35, 0.4]]))
+    np.testing.assert_allclose(load_balancing_loss((uniform,), 2), 2.0, rtol=1e-6)
+    skewed = jnp.log(jnp.asarray([[0.7, 0.1, 0.1, 0.1]] * 2))
+    # f = (1, 1, 0, 0) and (1/2, 1/2, 1/2, 1/2) pooled; P = mean of (.7, .1, .1, .1) and (1/4, 1/4, 1/4, 1/4).
+    f, p = np.asarray([0.75, 0.75, 0.25, 0.25]), np.asarray([0.475, 0.175, 0.175, 0.175])
+    np.testing.assert_allclose(load_balancing_loss((skewed, uniform), 2), 4 * (f * p).sum(), rtol=1e-6)
+    masked = load_balancing_loss((uniform,), 2, jnp.asarray([True, False]))
+    np.testing.assert_allclose(masked, 4 * (0.4 + 0.35), rtol=1e-6)
+    assert load_balancing_loss((uniform,), 2, jnp.zeros(2, bool)) == 0
+
+
+def test_names_and_objects():
+    assert resolve(None) == Grouped() and resolve("dense") == Dense() and resolve(Grouped()) == Grouped()
+    with pytest.raises(ValueError, match=r"\['dense', 'grouped'\]; got 'magic'"):
+        resolve("magic")
+    config = eqx_moe.LlamaConfig(
+        vocab_size=11, hidden_size=12, intermediate_size=7, num_hidden_layers=1, num_attention_heads=2
+    )
+    dense = eqx_moe.init(config, key=jax.random.key(0))
+    assert eqx_moe.with_options(dense, execution="dense") is dense

@@ -1,0 +1,142 @@
+"""`generate` and `stream`: against the plain definition, and what they refuse."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eqx_moe
+from cases import MIXTRAL
+from eqx_moe.family.generation_config import GenerationConfig
+from eqx_moe.generation import decode
+from eqx_moe.generation.sampling import Sampling, choose
+
+PROMPTS = [[5, 7, 9], [3, 4, 5, 6, 7, 8, 9, 10, 11], [8]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = eqx_moe.init(MIXTRAL[3].parsed, key=jax.random.key(2))  # a window shorter than the text
+    return dataclasses.replace(model, generation_config=GenerationConfig())
+
+
+@pytest.fixture(scope="module")
+def greedy(model):
+    """Each prompt's continuation by the definition: the most probable next token, by a full forward every time."""
+    run = eqx.filter_jit(model)
+
+    def continuation(prompt, new):
+        ids = list(prompt)
+        for _ in range(new):
+            padded = jnp.asarray(ids + [0] * (32 - len(ids)))
+            ids.append(int(run(padded)[len(ids) - 1].argmax()))
+        return ids[len(prompt) :]
+
+    return [continuation(prompt, 18) for prompt in PROMPTS]
+
+
+def test_greedy_is_the_definition_for_prompts_of_any_length(model, greedy):
+    assert eqx_moe.generate(model, PROMPTS, max_new_tokens=18) == greedy
+
+
+def test_rows_do_not_depend_on_their_batch(model, greedy):
+    assert eqx_moe.generate(model, PROMPTS[:1], max_new_tokens=18) == greedy[:1]
+    options = dict(max_new_tokens=18, temperature=1.3, top_k=11, top_p=0.9, seed=4)
+    drawn = eqx_moe.generate(model, PROMPTS, **options)
+    assert drawn[:1] == eqx_moe.generate(model, PROMPTS[:1], **options)
+    assert drawn != greedy and drawn != eqx_moe.generate(model, PROMPTS, **{**options, "seed": 5})
+
+
+def test_stream_gives_the_same_ids(model, greedy):
+    assert list(eqx_moe.stream(model, PROMPTS[0], max_new_tokens=18)) == greedy[0]
+    options = dict(max_new_tokens=18, temperature=1.3, top_k=11, top_p=0.9, seed=4)
+    assert list(eqx_moe.stream(model, PROMPTS[0], **options)) == eqx_moe.generate(model, PROMPTS[:1], **options)[0]
+    assert list(eqx_moe.stream(model, PROMPTS[0], max_new_tokens=1)) == greedy[0][:1]
+
+
+def test_a_row_ends_with_its_eos(model, greedy):
+    ends = {greedy[0][4], greedy[1][7]}
+    expected = [row[: next((i + 1 for i, t in enumerate(row) if t in ends), len(row))] for row in greedy]
+    assert min(map(len, expected)) < 18
+    assert eqx_moe.generate(model, PROMPTS, max_new_tokens=18, eos_ids=sorted(ends)) == expected
+    assert list(eqx_moe.stream(model, PROMPTS[0], max_new_tokens=18, eos_ids=sorted(ends))) == expected[0]
+    ending = dataclasses.replace(model, generation_config=GenerationConfig(eos_token_id=tuple(sorted(ends))))
+    assert eqx_moe.generate(ending, PROMPTS, max_new_tokens=18) == expected
+
+
+def test_arrays_of_prompts(model, greedy):
+    prompts = np.asarray([PROMPTS[0], PROMPTS[0]])
+    assert eqx_moe.generate(model, jnp.asarray(prompts)[None], max_new_tokens=18) == [greedy[0]] * 2
+    assert eqx_moe.generate(model, prompts[0], max_new_tokens=18) == [greedy[0]]
+
+
+def test_few_shapes_compile(model, monkeypatch):
+    traces = []
+    plain = decode._next
+    monkeypatch.setattr(decode, "_next", lambda *args: traces.append(args[2].shape) or plain(*args))
+    monkeypatch.setattr(decode, "_generate", eqx.filter_jit(decode._generate.__wrapped__))
+    for length in (1, 5, 13, 16):
+        for new in (1, 7, 15):
+            for temperature in (0.5, 0.9):
+                eqx_moe.generate(model, [[3] * length], max_new_tokens=new, temperature=temperature, seed=length)
+    assert len(traces) == 2  # prefill and the loop's body, once
+    assert [decode._bucket(n) for n in (1, 16, 17, 24, 25, 33, 48, 49, 100)] == [16, 16, 24, 24, 32, 48, 48, 64, 128]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(prompts=[]), "at least one prompt"),
+        (dict(prompts=[[1], []]), "prompt 1 is empty"),
+        (dict(prompts=[[1, 53]]), r"\[0, 53\).*prompt 0 has 53"),
+        (dict(prompts=[[-1, 3]]), r"prompt 0 has -1"),
+        (dict(prompts=[[1.5]]), "list of token ids"),
+        (dict(prompts=[["a"]]), "list of token ids"),
+        (dict(prompts=jnp.ones((2, 3))), "array of token ids"),
+        (dict(prompts=[[1]], max_new_tokens=0), "`max_new_tokens` must be at least 1; got 0"),
+        (dict(prompts=[[1]], max_new_tokens=-3), "got -3"),
+        (dict(prompts=[[1] * 90], max_new_tokens=7), "96 positions; prompt 0 has 90 tokens, and max_new_tokens=7"),
+        (dict(prompts=[[1]], temperature=-0.1), "`temperature`.*-0.1"),
+        (dict(prompts=[[1]], temperature=float("nan")), "`temperature`.*nan"),
+        (dict(prompts=[[1]], temperature=1.0, top_k=0), "`top_k`.*0"),
+        (dict(prompts=[[1]], temperature=1.0, top_p=0.0), "`top_p`.*0.0"),
+        (dict(prompts=[[1]], temperature=1.0, top_p=1.5), "`top_p`.*1.5"),
+        (dict(prompts=[[1]], eos_ids=[99]), r"`eos_ids`.*\[0, 53\).*99"),
+    ],
+)
+def test_refused(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        eqx_moe.generate(model, **options)
+    if len(prompts := options.pop("prompts")) == 1:
+        with pytest.raises(ValueError, match=message):
+            eqx_moe.stream(model, prompts[0], **options)
+
+
+def test_a_prompt_may_fill_all_positions(model):
+    assert len(eqx_moe.generate(model, [[1] * 90], max_new_tokens=6)[0]) == 6
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (3, None), (None, 0.6), (4, 0.7), (1, 0.9), (None, 1.0)])
+def test_draws_follow_the_distribution(top_k, top_p):
+    """Frequencies against the probabilities computed the plain way."""
+    logits = np.asarray([1.0, 3.0, 0.5, 2.5, -1.0, 2.5, 0.0])
+    temperature = 0.7
+    order = np.argsort(-logits, kind="stable")
+    kept = order[:top_k]
+    if top_p is not None:
+        weights = np.exp(logits[kept] / temperature)
+        before = np.cumsum(weights / weights.sum()) - weights / weights.sum()
+        kept = kept[before < top_p]
+    expected = np.zeros(7)
+    expected[kept] = np.exp(logits[kept] / temperature)
+    expected /= expected.sum()
+
+    draws = 20_000
+    keys = jax.random.split(jax.random.key(0), draws)
+    ids = choose(jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (draws, 7)), Sampling(temperature, top_k, top_p), keys)
+    found = np.bincount(np.asarray(ids), minlength=7) / draws
+    assert not found[expected == 0].any()
+    np.testing.assert_allclose(found, expected, atol=5 * np.sqrt(0.25 / draws))

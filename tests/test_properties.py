@@ -1,0 +1,179 @@
+"""What holds for every family, whatever its parts: rows do not touch each other, caches change nothing, strategies agree."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eqx_moe
+from cases import CASES, FEW, MIXTRAL
+
+PLAIN = MIXTRAL[0]
+CLOSE = dict(rtol=2e-5, atol=2e-5)
+
+
+def noisy(case, seed=0):
+    """Random weights, norms and biases included."""
+    model = eqx_moe.init(case.parsed, key=jax.random.key(seed))
+    leaves, structure = jax.tree.flatten(model)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noise = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, noise)
+
+
+@pytest.fixture(params=FEW, ids=str, scope="module")
+def case(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(case):
+    return noisy(case)
+
+
+@pytest.fixture(scope="module")
+def tokens(case):
+    return jax.random.randint(jax.random.key(5), (3, 23), 0, case.config["vocab_size"])
+
+
+@eqx.filter_jit
+def logits(model, tokens, positions=None, segment_ids=None):
+    return model(tokens, positions, segment_ids)
+
+
+@eqx.filter_jit
+def step(model, tokens, cache, segment_ids=None):
+    out = model.forward(tokens, segment_ids=segment_ids, cache=cache)
+    return model.unembed(out.hidden), out.cache
+
+
+@pytest.fixture(scope="module")
+def full(model, tokens):
+    return logits(model, tokens)
+
+
+def test_shapes(case, model, tokens, full):
+    assert full.shape == (3, 23, case.config["vocab_size"]) and full.dtype == jnp.float32
+    out = jax.eval_shape(lambda m, t: m.forward(t), model, tokens)
+    assert out.hidden.shape == (3, 23, case.config["hidden_size"])
+    sparse = case.config["num_hidden_layers"] if case.model_type == "mixtral" else 0
+    assert [len(field) for field in (out.router.logits, out.router.choices, out.router.drops)] == [sparse] * 3
+    if sparse:
+        assert out.router.logits[0].shape == (3, 23, case.config["num_local_experts"])
+        assert out.router.choices[0].shape == (3, 23, case.config["num_experts_per_tok"])
+
+
+def test_a_batch_equals_its_rows(model, tokens, full):
+    np.testing.assert_allclose(eqx.filter_jit(eqx.filter_vmap(model))(tokens), full, **CLOSE)
+    np.testing.assert_allclose(logits(model, tokens[1]), full[1], **CLOSE)
+
+
+def test_cached_decode_equals_the_full_forward(model, tokens, full):
+    cache = model.init_cache(3, 23)
+    part, cache = step(model, tokens[:, :9], cache)
+    parts = [part]
+    for i in range(9, 21):
+        part, cache = step(model, tokens[:, i : i + 1], cache)
+        parts.append(part)
+    part, cache = step(model, tokens[:, 21:], cache)
+    np.testing.assert_allclose(jnp.concatenate([*parts, part], axis=1), full, **CLOSE)
+    assert int(cache.filled) == 23
+
+
+def test_left_padded_rows_equal_the_rows_alone(case, model, tokens, full):
+    pad = 4
+    padded = jnp.pad(tokens, ((0, 0), (pad, 0)), constant_values=7)
+    segments = jnp.pad(jnp.ones_like(tokens), ((0, 0), (pad, 0)))
+    out = logits(model, padded, segment_ids=segments)
+    np.testing.assert_allclose(out[:, pad:], full, **CLOSE)
+    assert np.isfinite(out).all()
+
+    cache = model.init_cache(3, 27)
+    cache = eqx.tree_at(lambda c: c.lengths, cache, jnp.full(3, 23))
+    head, cache = step(model, padded[:, :13], cache, segments[:, :13])
+    tail, _ = step(model, padded[:, 13:], cache)
+    np.testing.assert_allclose(jnp.concatenate([head, tail], axis=1)[:, pad:], full, **CLOSE)
+
+
+def test_packed_rows_equal_the_rows_alone(model, tokens, full):
+    packed = jnp.concatenate([tokens[0], tokens[1], jnp.zeros(5, int), tokens[2]])[None]
+    segments = jnp.repeat(jnp.asarray([1, 2, 0, 3]), jnp.asarray([23, 23, 5, 23]), total_repeat_length=74)[None]
+    out = logits(model, packed, segment_ids=segments)[0]
+    for row, start in enumerate((0, 23, 51)):
+        np.testing.assert_allclose(out[start : start + 23], full[row], **CLOSE)
+    assert np.isfinite(out).all()
+
+
+def test_positions_feed_the_rotary_embedding_only(model, tokens, full):
+    """Rotary embeddings are relative: moving all positions changes nothing; and the window goes by places."""
+    moved = jnp.broadcast_to(jnp.arange(23) + 11, tokens.shape)
+    np.testing.assert_allclose(logits(model, tokens, moved), full, rtol=1e-3, atol=1e-4)
+    spread = jnp.broadcast_to(jnp.arange(23) * 2, tokens.shape)
+    assert np.abs(logits(model, tokens, spread) - full).max() > 1e-2
+
+
+def test_execution_strategies_agree_and_every_leaf_has_a_gradient(model, tokens):
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad
+    def value(model, tokens):
+        return jnp.mean(jax.nn.logsumexp(model(tokens), axis=-1) ** 2)
+
+    loss, gradient = value(eqx_moe.with_options(model, execution="grouped"), tokens)
+    expected_loss, expected = value(eqx_moe.with_options(model, execution="dense"), tokens)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert np.isfinite(ours).all() and np.abs(ours).max() > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_stays_near_float32(model, tokens, full, dtype):
+    half = jax.tree.map(lambda leaf: leaf.astype(dtype), model)
+    out = logits(half, tokens)
+    assert out.dtype == jnp.float32
+    # The median, for a router may rightly turn to another expert where two were nearly equal.
+    assert np.median(np.abs(out - full)) < 0.01 * np.abs(full).max()
+    assert half.init_cache(1, 8).layers[0].keys.dtype == dtype
+
+
+def test_bad_ids():
+    model = noisy(PLAIN)
+    vocab = model.config.vocab_size
+    for bad in (vocab, -1):
+        with pytest.raises(ValueError, match=rf"\[0, {vocab}\).*got {bad}"):
+            model(jnp.asarray([1, bad, 2]))
+        assert jnp.isnan(logits(model, jnp.asarray([1, bad, 2]))[1]).all()
+    assert jnp.isfinite(logits(model, jnp.asarray([1, 0, vocab - 1]))).all()
+
+
+def test_a_full_cache_is_an_error_and_under_jit_nan():
+    model = noisy(PLAIN)
+    cache = model.init_cache(2, 5)
+    tokens = jnp.ones((2, 3), int)
+    out, cache = step(model, tokens, cache)
+    assert jnp.isfinite(out).all()
+    with pytest.raises(ValueError, match="holds 5 places, 3 of them filled; got 3 more"):
+        model.forward(tokens, cache=cache)
+    assert jnp.isnan(step(model, tokens, cache)[0]).all()
+
+
+def test_jitter_needs_a_key_and_changes_routing_inputs():
+    model = noisy(dataclasses.replace(PLAIN, config={**PLAIN.config, "router_jitter_noise": 0.3}))
+    tokens = jnp.arange(12).reshape(2, 6)
+    run = eqx.filter_jit(lambda key: model.forward(tokens, key=key).hidden)
+    still, one, other = run(None), run(jax.random.key(1)), run(jax.random.key(2))
+    assert np.abs(still - one).max() > 1e-3 and np.abs(one - other).max() > 1e-3
+    np.testing.assert_array_equal(one, run(jax.random.key(1)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_configs_survive_their_json(case):
+    from eqx_moe.models import config_to_json, parse_config
+
+    config = case.parsed
+    again = parse_config(config_to_json(config, "float32"), "config.json")
+    assert again == dataclasses.replace(config, dtype="float32", head_dim=again.head_dim)
+    assert hash(again) == hash(parse_config(config_to_json(again, "float32"), "config.json"))

@@ -1,0 +1,160 @@
+"""The step and the loop: they learn, they repeat, they stop before anything is spoiled."""
+
+import dataclasses
+import itertools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import tiny
+from eqx_moe import train
+from eqx_moe.errors import EqxMoeError
+from eqx_moe.train import Batch
+
+
+SMALL = dataclasses.replace(tiny.CONFIG, num_hidden_layers=1)
+DENSE = dataclasses.replace(tiny.DENSE, num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def optimizer():
+    return train.adamw(1e-2, 30)
+
+
+@pytest.fixture(scope="module")
+def step(optimizer):
+    """One compiled step for all tests that share the shapes of a batch."""
+    return train.make_step(optimizer)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    documents = train.tokenize([tiny.TEXT], tiny.tokenizer(), vocab_size=tiny.CONFIG.vocab_size)
+    return train.pack(documents, 19)
+
+
+@pytest.fixture(scope="module")
+def fitted(rows):
+    model = tiny.model(SMALL)
+    seen = []
+    tuned, history = train.fit(
+        model,
+        train.batches(rows, 3, seed=5),
+        steps=30,
+        optimizer=train.adamw(1e-2, 30),
+        on_step=lambda step, model, metrics: seen.append((step, metrics["loss"])),
+    )
+    return model, tuned, history, seen
+
+
+def assert_equal(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_fit_learns_and_leaves_the_model_alone(fitted, rows):
+    model, tuned, history, seen = fitted
+    assert_equal(model, tiny.model(SMALL))
+    assert len(history) == 30 and seen == [(i, metrics["loss"]) for i, metrics in enumerate(history, start=1)]
+    assert history[-1]["cross_entropy"] < history[0]["cross_entropy"] - 1
+    assert set(history[0]) == {"loss", "cross_entropy", "aux_loss", "tokens", "grad_norm"}
+    before, after = (train.evaluate(m, train.in_order(rows, 3)).nats_per_token for m in (model, tuned))
+    assert after < before - 1
+
+
+def test_fit_repeats_exactly(fitted, rows):
+    _, tuned, history, _ = fitted
+    again, same = train.fit(tiny.model(SMALL), train.batches(rows, 3, seed=5), steps=30, optimizer=train.adamw(1e-2, 30))
+    assert same == history
+    assert_equal(again, tuned)
+
+
+def test_step_is_the_gradient_step_written_out(rows):
+    model, optimizer = tiny.model(DENSE), optax.sgd(0.1)
+    batch = next(train.batches(rows, 2))
+    grads, _ = eqx.filter_jit(eqx.filter_grad(train.loss, has_aux=True))(model, batch)
+    expected = jax.tree.map(lambda weight, grad: weight - 0.1 * grad, model, grads)
+    fresh = tiny.model(DENSE)
+    stepped, _, metrics = train.make_step(optimizer)(fresh, train.init_optimizer(optimizer, fresh), batch, None)
+    for x, y in zip(jax.tree.leaves(stepped), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-5)
+    assert bool(metrics["finite"])
+
+
+def test_step_donates_what_it_replaces(rows, optimizer, step):
+    model = tiny.model(SMALL)
+    state = train.init_optimizer(optimizer, model)
+    batch = next(train.batches(rows, 2))
+    step(model, state, batch, None)
+    assert model.embed.weight.is_deleted() and not batch.tokens.is_deleted()
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state) if leaf.ndim > 0)
+
+
+def bad_batch(batch: Batch) -> Batch:
+    return eqx.tree_at(lambda b: b.tokens, batch, batch.tokens.at[0, 1].set(10**6))
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(rows, optimizer, step):
+    model = tiny.model(SMALL)
+    state = train.init_optimizer(optimizer, model)
+    kept = jax.tree.map(np.array, (model, state))
+    batch = bad_batch(next(train.batches(rows, 2)))
+    model, state, metrics = step(model, state, batch, None)
+    assert not bool(metrics["finite"]) and np.isnan(metrics["loss"])
+    assert_equal((model, state), kept)
+
+
+def test_fit_stops_at_the_step_that_diverged(rows):
+    good = train.batches(rows, 2)
+    given = itertools.chain([next(good), next(good), bad_batch(next(good))], good)
+    with pytest.raises(train.DivergedError, match=r"step 3 of 9.*nan") as caught:
+        train.fit(tiny.model(DENSE), iter(given), steps=9, optimizer=optax.sgd(0.1))
+    assert isinstance(caught.value, EqxMoeError)
+
+
+def test_fit_says_when_batches_end(rows):
+    two = itertools.islice(train.batches(rows, 2), 2)
+    with pytest.raises(ValueError, match="after 2 of 3"):
+        train.fit(tiny.model(DENSE), two, steps=3, optimizer=optax.sgd(0.1))
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_steps_must_be_positive(rows, steps):
+    with pytest.raises(ValueError, match="`steps`"):
+        train.fit(tiny.model(DENSE), train.batches(rows, 2), steps=steps, optimizer=optax.sgd(0.1))
+    with pytest.raises(ValueError, match="`steps`"):
+        train.adamw(1e-3, steps)
+
+
+def test_the_key_reaches_the_router(rows):
+    model = tiny.model(dataclasses.replace(SMALL, router_jitter_noise=0.3))
+    batch = next(train.batches(rows, 2))
+    loss = eqx.filter_jit(train.loss)
+    losses = {float(loss(model, batch, key)[0]) for key in (None, jax.random.key(0), jax.random.key(1))}
+    assert len(losses) == 3
+
+
+def test_adamw_decays_matrices_only():
+    params = {"matrix": jnp.ones((2, 3)), "stack": jnp.ones((2, 3, 5)), "norm": jnp.ones(3)}
+    optimizer = train.adamw(1e-2, 100, warmup=0)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    assert float(updates["norm"].max()) == 0.0
+    assert float(updates["matrix"].max()) < 0 and float(updates["stack"].max()) < 0
+
+
+def test_evaluate(rows):
+    model = tiny.model(DENSE)
+    found = train.evaluate(model, train.in_order(rows, 2), byte_count=50)
+    losses = [eqx.filter_jit(train.loss)(model, batch)[1] for batch in train.in_order(rows, 2)]
+    nats = sum(float(metrics["cross_entropy"]) * int(metrics["tokens"]) for metrics in losses)
+    assert found.tokens == sum(int(metrics["tokens"]) for metrics in losses)
+    np.testing.assert_allclose([found.nats, found.nats_per_token], [nats, nats / found.tokens], rtol=1e-5)
+    assert found.nats_per_byte == found.nats / 50
+    assert train.evaluate(model, train.in_order(rows, 2)).nats_per_byte is None
+    with pytest.raises(ValueError, match="no token"):
+        train.evaluate(model, [])
