@@ -94,9 +94,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("model", metavar="MODEL", help="a checkpoint folder")
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
-    generate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="at most so many (%(default)s)")
     generate.add_argument(
-        "--temperature", type=_not_negative, default=0.0, metavar="T", help="0 takes the most probable token (%(default)s)"
+        "--max-new-tokens", type=_positive, default=64, metavar="N", help="at most so many (%(default)s)"
+    )
+    generate.add_argument(
+        "--temperature",
+        type=_not_negative,
+        default=0.0,
+        metavar="T",
+        help="0 takes the most probable token (%(default)s)",
     )
     generate.add_argument("--top-k", type=_positive, metavar="K", help="draw from the K most probable tokens only")
     generate.add_argument(
@@ -111,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         "Train all weights of a checkpoint on text, with AdamW. The result is OUT/model.",
         [
             "eqx-moe finetune examples/assets/shakespeare-moe --data notes.txt --out tuned",
-            "eqx-moe finetune MODEL --data a.jsonl b.jsonl --out tuned --steps 500 --lr 1e-5 --batch-size 16 --seq 1024",
+            "eqx-moe finetune MODEL --data a.jsonl b.jsonl --out tuned --steps 500 --lr 1e-5 --batch-size 16",
         ],
     )
     finetune.add_argument("model", metavar="MODEL", help="a checkpoint folder")
@@ -122,7 +128,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help='.txt (a file is a document) or .jsonl (a line is an object with the document under "text")',
     )
-    finetune.add_argument("--out", required=True, type=pathlib.Path, metavar="OUT", help="a folder; OUT/model is written")
+    finetune.add_argument(
+        "--out", required=True, type=pathlib.Path, metavar="OUT", help="a folder; OUT/model is written"
+    )
     finetune.add_argument("--steps", type=_positive, default=100, metavar="N", help="training steps (%(default)s)")
     finetune.add_argument("--lr", type=_learning_rate, default=1e-4, help="the highest learning rate (%(default)s)")
     finetune.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="rows a step (%(default)s)")
@@ -212,7 +220,11 @@ def _inspect(args: argparse.Namespace) -> None:
     _print_table({f"  {key}": _cell(value) for key, value in shown.items()})
     print("\nfiles")
     _print_table(
-        {f"  {_cell(file.name)}": f"{file.stat().st_size:>15,} bytes" for file in sorted(folder.iterdir()) if file.is_file()}
+        {
+            f"  {_cell(file.name)}": f"{file.stat().st_size:>15,} bytes"
+            for file in sorted(folder.iterdir())
+            if file.is_file()
+        }
     )
 
 

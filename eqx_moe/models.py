@@ -26,7 +26,9 @@ def family_of(config: object) -> Family:
     for family in FAMILIES.values():
         if isinstance(config, family.config):
             return family
-    raise ValueError(f"`config` must be an object of one of {[c.__name__ for c in families().values()]}; got {type(config)}.")
+    raise ValueError(
+        f"`config` must be an object of one of {[c.__name__ for c in families().values()]}; got {type(config)}."
+    )
 
 
 def parse_config(data: Mapping[str, Any], file: str) -> Any:
@@ -66,7 +68,9 @@ def init(
     return family_of(config).build(config, key=key, dtype=jnp.dtype(dtype), execution=resolve(execution))
 
 
-def skeleton(config: object, *, dtype: DTypeLike = "float32", execution: str | AbstractExecution | None = None) -> Decoder:
+def skeleton(
+    config: object, *, dtype: DTypeLike = "float32", execution: str | AbstractExecution | None = None
+) -> Decoder:
     """The model that `init` would make, with a `jax.ShapeDtypeStruct` for every weight: no memory, no time."""
     return eqx.filter_eval_shape(lambda: init(config, key=jax.random.key(0), dtype=dtype, execution=execution))
 

@@ -3,8 +3,8 @@
     python examples/finetune.py examples/assets/shakespeare-moe --data examples/data/christmas-carol.txt --out tuned
     python examples/finetune.py path/to/Mixtral --data notes.jsonl --out tuned --steps 500 --lr 1e-5 --seq 1024
 
-SRC is a folder in the Hugging Face layout. DATA is .txt (a file is a document) or .jsonl (a line is an object with a "text").
-`eqx_moe.train.fit` and `eqx-moe finetune` do the same in one call; this file is for reading and changing.
+SRC is a folder in the Hugging Face layout. DATA is .txt (a file is a document) or .jsonl (a line is an object with a
+"text"). `eqx_moe.train.fit` and `eqx-moe finetune` do the same in one call; this file is for reading and changing.
 """
 
 import argparse
@@ -77,7 +77,9 @@ def main() -> None:
                 raise SystemExit(f"The loss is {losses[-1]} at step {i + 1}: try a smaller --lr.")
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
     edge = max(1, len(losses) // 10)
-    print(f"loss: {np.mean(losses[:edge]):.3f} in the first tenth of the steps, {np.mean(losses[-edge:]):.3f} in the last")
+    print(
+        f"loss: {np.mean(losses[:edge]):.3f} in the first tenth of the steps, {np.mean(losses[-edge:]):.3f} in the last"
+    )
 
     # 6. Back to a Hugging Face folder, in the dtype that the checkpoint came in.
     eqx_moe.save_pretrained(model, args.out, tokenizer=tokenizer, dtype=model.config.dtype)

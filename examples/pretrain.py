@@ -4,8 +4,8 @@
     python examples/pretrain.py --dense --out DIR  # a dense model of the same active size, trained alike
     python examples/pretrain.py --steps 100 --out DIR
 
-The tokenizer and the model see the first 90% of the text, the reported loss is that of the last 10%. Everything is drawn from
-`--seed`: the same command on the same machine gives the same weights.
+The tokenizer and the model see the first 90% of the text, the reported loss is that of the last 10%. Everything is
+drawn from `--seed`: the same command on the same machine gives the same weights.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import pathlib
 import random
 import sys
 import time
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -86,8 +87,8 @@ def train_tokenizer(text: str, vocab: int) -> Tokenizer:
 class DropoutTokens:
     """The ids of one text under BPE-dropout: `ids(epoch)` is another spelling for each epoch.
 
-    `tokenizers` has the same dropout, but without a seed. Words repeat, so up to 64 spellings of each are drawn once, and an
-    epoch picks one for every occurrence.
+    `tokenizers` has the same dropout, but without a seed. Words repeat, so up to 64 spellings of each are drawn once,
+    and an epoch picks one for every occurrence.
     """
 
     POOL = 64
@@ -136,7 +137,7 @@ def spell(word: str, ranks: dict[tuple[str, str], int], dropout: float, generato
 
 
 def make_config(recipe: Recipe, dense: bool) -> eqx_moe.MixtralConfig | eqx_moe.LlamaConfig:
-    common = dict(
+    common: dict[str, Any] = dict(
         vocab_size=recipe.vocab,
         hidden_size=recipe.hidden,
         num_hidden_layers=recipe.layers,
@@ -164,9 +165,12 @@ def make_model(recipe: Recipe, dense: bool, seed: int) -> eqx_moe.Decoder:
     """Random weights; those that write into the residual stream are smaller, as in GPT-2."""
     model = eqx_moe.init(make_config(recipe, dense), key=jax.random.key(seed))
 
+    def writer(layer) -> jax.Array:
+        return layer.mlp.down.weight if layer.moe is None else layer.moe.experts.down
+
     def writers(model: eqx_moe.Decoder) -> list[jax.Array]:
         attention = [layer.attention.o.weight for layer in model.layers]
-        return attention + [layer.moe.experts.down if layer.moe else layer.mlp.down.weight for layer in model.layers]
+        return attention + [writer(layer) for layer in model.layers]
 
     return eqx.tree_at(writers, model, replace_fn=lambda weight: weight / (2 * recipe.layers) ** 0.5)
 
@@ -236,8 +240,9 @@ pipeline_tag: text-generation
 ---
 # {title}
 
-A small {kind} language model trained from scratch on tiny Shakespeare (public domain) by `examples/pretrain.py` of eqx_moe.
-It exists so that programs have a real checkpoint to run on; its text has the shape of Shakespeare's and no sense.
+A small {kind} language model trained from scratch on tiny Shakespeare (public domain) by `examples/pretrain.py` of
+eqx_moe. It exists so that programs have a real checkpoint to run on; its text has the shape of Shakespeare's and no
+sense.
 
 | | |
 |---|---|
@@ -247,9 +252,9 @@ It exists so that programs have a real checkpoint to run on; its text has the sh
 | Parameters | {total:,} in all, {active:,} active for a token |
 | Validation loss | **{loss:.4f} nats per byte** ({token_loss:.4f} per token) |
 
-The loss is that of the weights in this folder (bfloat16), on the last 10% of the file ({bytes:,} bytes), which neither the tokenizer
-nor the model has seen: windows of {context} tokens, each token scored once, with at least half a window before it but at the very
-beginning. Only one spelling of the text is scored, so the true loss per byte is a little lower.
+The loss is that of the weights in this folder (bfloat16), on the last 10% of the file ({bytes:,} bytes), which neither
+the tokenizer nor the model has seen: windows of {context} tokens, each token scored once, with at least half a window before it but
+at the very beginning. Only one spelling of the text is scored, so the true loss per byte is a little lower.
 
 Recipe: {recipe}
 
@@ -302,7 +307,9 @@ def run(recipe: Recipe, out: pathlib.Path, seed: int, dense: bool) -> float:
     minutes = (time.perf_counter() - began) / 60
 
     # What is measured is what is written: the weights rounded to bfloat16.
-    model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(leaf.dtype) if eqx.is_array(leaf) else leaf, model)
+    model = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16).astype(leaf.dtype) if eqx.is_array(leaf) else leaf, model
+    )
     # The first token has nothing before it; the end of another text stands there.
     ids = np.array([tokenizer.token_to_id(END), *tokenizer.encode(held_out).ids], np.int32)
     rows = train.windows(ids, recipe.context)

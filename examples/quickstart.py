@@ -53,7 +53,7 @@ def main() -> None:
         optimizer=train.adamw(1e-3, args.steps),
     )
     after = train.evaluate(tuned, train.in_order(held_out, 8))
-    print(f"loss on text held out: {before.nats_per_token:.3f} before, {after.nats_per_token:.3f} after {args.steps} steps")
+    print(f"held-out loss: {before.nats_per_token:.3f} before, {after.nats_per_token:.3f} after {args.steps} steps")
     plot = args.out / "loss.png"
     drawn = write_plot(history, before.nats_per_token, after.nats_per_token, plot)
 

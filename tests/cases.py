@@ -1,4 +1,5 @@
-"""The configs that every family is tried with: at least eight each, as config.json objects, with sizes that all differ."""
+"""The configs that every family is tried with: at least eight each, as config.json objects, with sizes that all
+differ."""
 
 import dataclasses
 from typing import Any
@@ -50,7 +51,8 @@ class Case:
 
     @property
     def generation(self) -> tuple[int, int]:
-        """A prompt length and a number of new tokens such that transformers keeps its rotary frequencies all the way."""
+        """A prompt length and a number of new tokens such that transformers keeps its rotary frequencies all the
+        way."""
         positions = self.config["max_position_embeddings"]
         rope = self.config.get("rope_parameters", {})
         if rope.get("rope_type") == "longrope":
@@ -112,7 +114,8 @@ QWEN2 = [
     _case("qwen2", "plain"),
     _case("qwen2", "tied-shards", tie_word_embeddings=True, shards=True, num_hidden_layers=3),
     _case("qwen2", "windows-above-one", use_sliding_window=True, sliding_window=6, max_window_layers=1),
-    _case("qwen2", "windows-all", use_sliding_window=True, sliding_window=11, max_window_layers=0, num_key_value_heads=4),
+    _case("qwen2", "windows-all", use_sliding_window=True, sliding_window=11, max_window_layers=0,
+          num_key_value_heads=4),
     _case("qwen2", "layer-types", use_sliding_window=True, sliding_window=8, num_hidden_layers=3,
           layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
     _case("qwen2", "yarn", rope_parameters=YARN, num_key_value_heads=1),

@@ -47,7 +47,9 @@ def _both(x, weight, sizes, dy):
 def test_grouped_matmul_equals_its_oracle_in_value_and_gradients(case):
     (rows, groups, inner, outer), sizes, seed = case
     random = np.random.default_rng(seed)
-    x, weight, dy = (random.normal(size=shape).astype(np.float32) for shape in ((rows, inner), (groups, outer, inner), (rows, outer)))
+    x, weight, dy = (
+        random.normal(size=shape).astype(np.float32) for shape in ((rows, inner), (groups, outer, inner), (rows, outer))
+    )
     found, expected = _both(x, weight, sizes, dy)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import MIXTRAL
 
 import eqx_moe
-from cases import MIXTRAL
 from eqx_moe.family.generation_config import GenerationConfig
 from eqx_moe.generation import decode
 from eqx_moe.generation.sampling import Sampling, choose
@@ -93,9 +93,6 @@ def test_few_shapes_compile(model, monkeypatch):
         (dict(prompts=[[1], []]), "prompt 1 is empty"),
         (dict(prompts=[[1, 53]]), r"\[0, 53\).*prompt 0 has 53"),
         (dict(prompts=[[-1, 3]]), r"prompt 0 has -1"),
-        (dict(prompts=[[1.5]]), "list of token ids"),
-        (dict(prompts=[["a"]]), "list of token ids"),
-        (dict(prompts=jnp.ones((2, 3))), "array of token ids"),
         (dict(prompts=[[1]], max_new_tokens=0), "`max_new_tokens` must be at least 1; got 0"),
         (dict(prompts=[[1]], max_new_tokens=-3), "got -3"),
         (dict(prompts=[[1] * 90], max_new_tokens=7), "96 positions; prompt 0 has 90 tokens, and max_new_tokens=7"),
@@ -113,6 +110,16 @@ def test_refused(model, options, message):
     if len(prompts := options.pop("prompts")) == 1:
         with pytest.raises(ValueError, match=message):
             eqx_moe.stream(model, prompts[0], **options)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [([[1.5]], "list of token ids"), ([["a"]], "list of token ids"), (jnp.ones((2, 3)), "array of token ids")],
+)
+def test_what_is_no_token_id(model, prompts, message):
+    """Below the public functions, whose types are checked before they could say it."""
+    with pytest.raises(ValueError, match=message):
+        decode._checked(model, prompts, 4)
 
 
 def test_a_prompt_may_fill_all_positions(model):
@@ -136,7 +143,9 @@ def test_draws_follow_the_distribution(top_k, top_p):
 
     draws = 20_000
     keys = jax.random.split(jax.random.key(0), draws)
-    ids = choose(jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (draws, 7)), Sampling(temperature, top_k, top_p), keys)
+    ids = choose(
+        jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (draws, 7)), Sampling(temperature, top_k, top_p), keys
+    )
     found = np.bincount(np.asarray(ids), minlength=7) / draws
     assert not found[expected == 0].any()
     np.testing.assert_allclose(found, expected, atol=5 * np.sqrt(0.25 / draws))

@@ -1,4 +1,5 @@
-"""What holds for every family, whatever its parts: rows do not touch each other, caches change nothing, strategies agree."""
+"""What holds for every family, whatever its parts: rows do not touch each other, caches change nothing, strategies
+agree."""
 
 import dataclasses
 
@@ -7,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import CASES, FEW, MIXTRAL
 
 import eqx_moe
-from cases import CASES, FEW, MIXTRAL
 
 PLAIN = MIXTRAL[0]
 CLOSE = dict(rtol=2e-5, atol=2e-5)

@@ -7,8 +7,8 @@ import os
 
 import numpy as np
 import pytest
-
 import tiny
+
 from eqx_moe.errors import EqxMoeError
 from eqx_moe.train import DataError, batches, in_order, pack, read_texts, tokenize, windows
 
@@ -124,7 +124,7 @@ def test_tokenize():
     assert tokenizer.truncation is not None
     ended = tokenize([text, text + tiny.END], tokenizer, vocab_size=283, end_id=0)
     assert [row.tolist() for row in ended] == [[*plain.tolist(), 0]] * 2
-    with pytest.raises(DataError, match=r"document 1, token 0'\n.*below 80"):
+    with pytest.raises(DataError, match=r"document 1, token 1'\n.*below 80"):
         tokenize(["", "☕"], tokenizer, vocab_size=80)
 
 

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 import tiny
+
 from eqx_moe import train
 from eqx_moe.errors import EqxMoeError
 from eqx_moe.train import Batch
-
 
 SMALL = dataclasses.replace(tiny.CONFIG, num_hidden_layers=1)
 DENSE = dataclasses.replace(tiny.DENSE, num_hidden_layers=1)
@@ -68,7 +67,9 @@ def test_fit_learns_and_leaves_the_model_alone(fitted, rows):
 
 def test_fit_repeats_exactly(fitted, rows):
     _, tuned, history, _ = fitted
-    again, same = train.fit(tiny.model(SMALL), train.batches(rows, 3, seed=5), steps=30, optimizer=train.adamw(1e-2, 30))
+    again, same = train.fit(
+        tiny.model(SMALL), train.batches(rows, 3, seed=5), steps=30, optimizer=train.adamw(1e-2, 30)
+    )
     assert same == history
     assert_equal(again, tuned)
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import tiny
+
 from eqx_moe.kernels import cross_entropy as kernel
 from eqx_moe.nn.moe import load_balancing_loss
 from eqx_moe.train import Batch, loss
@@ -84,8 +84,15 @@ def test_cross_entropy_of_bfloat16_accumulates_in_float32():
 
 
 def make_batch(rows: list[list[int]], segments: list[list[int]], labels: list[list[int]] | None = None) -> Batch:
-    tokens = jnp.asarray(rows)
-    return Batch(tokens=tokens, segment_ids=jnp.asarray(segments), labels=tokens if labels is None else jnp.asarray(labels))
+    """A batch of 2 x 7, filled up with padding: one shape for all tests, so that little is compiled."""
+
+    def fill(values: list[list[int]], padding: int):
+        filled = np.full((2, 7), padding)
+        for row, value in zip(filled, values, strict=False):
+            row[: len(value)] = value
+        return jnp.asarray(filled)
+
+    return Batch(tokens=fill(rows, 0), segment_ids=fill(segments, 0), labels=fill(labels or rows, IGNORE))
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +108,15 @@ def jitted():
 def test_loss_is_what_its_parts_say(model, jitted):
     rows = [[5, 9, 2, 7, 11, 3], [8, 1, 4, 6, 0, 0]]
     segments = [[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 0, 0]]
-    total, metrics = jitted(model, make_batch(rows, segments))
-    out = model.forward(jnp.asarray(rows), segment_ids=jnp.asarray(segments))
+    batch = make_batch(rows, segments)
+    total, metrics = jitted(model, batch)
+    out = eqx.filter_jit(model.forward)(batch.tokens, segment_ids=batch.segment_ids)
     log_p = np.asarray(jax.nn.log_softmax(model.unembed(out.hidden)))
     places = [(0, 0), (0, 1), (0, 3), (0, 4), (1, 0), (1, 1), (1, 2)]
     nll = [-log_p[r, i, rows[r][i + 1]] for r, i in places]
     np.testing.assert_allclose(metrics["cross_entropy"], np.mean(nll), rtol=1e-5)
     assert int(metrics["tokens"]) == len(places)
-    aux = load_balancing_loss(out.router.logits, 2, jnp.asarray(segments) != 0)
+    aux = load_balancing_loss(out.router.logits, 2, batch.segment_ids != 0)
     np.testing.assert_allclose(metrics["aux_loss"], aux, rtol=1e-6)
     np.testing.assert_allclose(total, np.mean(nll) + 0.02 * aux, rtol=1e-5)
     assert total == metrics["loss"]
@@ -126,7 +134,7 @@ def test_labels_stand_at_their_tokens_and_can_be_left_out(model, jitted):
     _, all_ = jitted(model, make_batch(rows, segments))
     _, some = jitted(model, make_batch(rows, segments, [[IGNORE, IGNORE, 2, IGNORE]]))
     assert (int(all_["tokens"]), int(some["tokens"])) == (3, 1)
-    log_p = jax.nn.log_softmax(model(jnp.asarray(rows)))
+    log_p = jax.nn.log_softmax(eqx.filter_jit(model)(make_batch(rows, segments).tokens))
     np.testing.assert_allclose(some["cross_entropy"], -log_p[0, 1, 2], rtol=1e-5)
 
 

@@ -33,7 +33,7 @@ def weight_dtype(dtype: Any) -> np.dtype:
 
 
 def target_dtype(path: str, dtype: np.dtype, named: np.dtype | None, keep_fp32: tuple[str, ...]) -> np.dtype:
-    """What a leaf is cast to: itself without a `named` dtype; else that, or float32 where a template of `keep_fp32` fits."""
+    """What a leaf is cast to: `named`, but float32 where a template of `keep_fp32` fits; itself if nothing is named."""
     if named is None:
         return dtype
     kept = any(matcher(template).fullmatch(path) for template in keep_fp32)

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: shards planned from shapes, one tensor in memory at a time, nothing in place before all stands."""
+"""Writing a checkpoint: shards planned from shapes, one tensor in memory at a time, all written before any is used."""
 
 import functools
 import json

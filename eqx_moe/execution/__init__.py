@@ -23,6 +23,7 @@ def resolve(execution: str | AbstractExecution | None) -> AbstractExecution:
         return execution
     if execution not in _BY_NAME:
         raise ValueError(
-            f"`execution` must be None, an object of `eqx_moe.execution` or one of {sorted(_BY_NAME)}; got {execution!r}."
+            "`execution` must be None, an object of `eqx_moe.execution` or one of "
+            f"{sorted(_BY_NAME)}; got {execution!r}."
         )
     return _BY_NAME[execution]

@@ -38,13 +38,15 @@ class ExpertFunction(Protocol):
 
 
 class AbstractExecution(abc.ABC):
-    """A way to run the experts. Final subclasses are frozen dataclasses of their options: hashable, and without arrays."""
+    """A way to run the experts. Final subclasses are frozen dataclasses of their options: hashable, and without
+    arrays."""
 
     @abc.abstractmethod
     def __call__(
         self, x: Float[Array, "tokens hidden"], routing: Routing, experts: ExpertFunction
     ) -> tuple[Float[Array, "tokens hidden"], Int[Array, ""]]:
-        """For each token the sum of its experts' outputs times their weights, and how many (token, expert) pairs it dropped.
+        """For each token the sum of its experts' outputs times their weights, and how many (token, expert) pairs it
+        dropped.
 
         Weights multiply and sum in their own dtype (float32 from a router); the result has the dtype of `x`.
         """

@@ -31,5 +31,3 @@ class Dense(AbstractExecution):
         outputs = jnp.where(jnp.any(chosen, axis=1).T[:, :, None], outputs, 0)
         y = jnp.einsum("te,eth->th", weights, outputs.astype(weights.dtype))
         return y.astype(x.dtype), jnp.zeros((), jnp.int32)
-
-

@@ -28,8 +28,8 @@ Layouts = Mapping[str, tuple[Name, ...]]
 class Family:
     """One model_type.
 
-    `build(config, key=, dtype=, execution=)` makes a model with random weights, `names(config)` gives its name table for each
-    layout on disk.
+    `build(config, key=, dtype=, execution=)` makes a model with random weights, `names(config)` gives its name table
+    for each layout on disk.
     """
 
     model_type: str
@@ -82,7 +82,8 @@ def decoder(
     dtype: DTypeLike,
     key: PRNGKeyArray,
 ) -> Decoder:
-    """A pre-norm decoder of blocks whose parts the family picks, layer by layer. Weights are normal(0, initializer_range)."""
+    """A pre-norm decoder of blocks whose parts the family picks, layer by layer. Weights are normal(0,
+    initializer_range)."""
     embed_key, head_key, layers_key = jax.random.split(key, 3)
     std = config.initializer_range
     layers = []
@@ -141,7 +142,9 @@ def gqa(
 _LAYER, _THEIRS = "layers.{l}.", "model.layers.{l}."
 
 
-def decoder_names(config: Any, *, qkv_bias: bool = False, o_bias: bool = False, qk_norm: bool = False) -> tuple[Name, ...]:
+def decoder_names(
+    config: Any, *, qkv_bias: bool = False, o_bias: bool = False, qk_norm: bool = False
+) -> tuple[Name, ...]:
     """The rows that all families with Llama's layout share: everything but the feed-forward part."""
     rows = [
         Name("embed.weight", "model.embed_tokens.weight"),

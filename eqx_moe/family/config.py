@@ -1,7 +1,7 @@
 """Reading and writing config.json: which keys there are, what they may hold, and what is not understood.
 
-A config is a frozen dataclass whose fields are the json file's own. Every other key is either ignored on purpose (`IGNORED`, each
-with its reason) or unknown (one warning); both are kept in `extra` and written back.
+A config is a frozen dataclass whose fields are the json file's own. Every other key is either ignored on purpose
+(`IGNORED`, each with its reason) or unknown (one warning); both are kept in `extra` and written back.
 """
 
 import dataclasses
@@ -75,7 +75,8 @@ class RopeParameters:
 
 
 def typed(key: str, value: Any, hint: Any) -> Any:
-    """`value` as the type that a field is annotated with, or a `ConfigError`. Integers pass as floats, nothing else converts."""
+    """`value` as the type that a field is annotated with, or a `ConfigError`. Integers pass as floats, nothing else
+    converts."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, hint):
         return value
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -128,7 +129,8 @@ def rope_from_json(value: dict[str, Any]) -> RopeParameters:
 
 
 def check_common(config: Any) -> None:
-    """What holds for every family: sizes in range, heads that share evenly, ids inside the vocabulary, nothing unimplemented."""
+    """What holds for every family: sizes in range, heads that share evenly, ids inside the vocabulary, nothing
+    unimplemented."""
     if config.num_key_value_heads is None:
         object.__setattr__(config, "num_key_value_heads", config.num_attention_heads)
     check_types(config)
@@ -143,7 +145,9 @@ def check_common(config: Any) -> None:
             raise ConfigError(key, f"in [1, {_LIMITS.get(key, _LARGEST)}]", value)
     if config.num_attention_heads % config.num_key_value_heads:
         raise ConfigError(
-            "num_key_value_heads", f"a divisor of num_attention_heads ({config.num_attention_heads})", config.num_key_value_heads
+            "num_key_value_heads",
+            f"a divisor of num_attention_heads ({config.num_attention_heads})",
+            config.num_key_value_heads,
         )
     if config.head_dim is None and config.hidden_size % config.num_attention_heads:
         raise ConfigError(
@@ -191,7 +195,9 @@ def check_windows(config: Any) -> None:
     if len(config.layer_types) != config.num_hidden_layers or not set(config.layer_types) <= set(kinds):
         raise ConfigError("layer_types", f"{config.num_hidden_layers} of {list(kinds)}", list(config.layer_types)[:20])
     if "sliding_attention" in config.layer_types and not config.use_sliding_window:
-        raise ConfigError("layer_types", "without 'sliding_attention' when use_sliding_window is false", list(config.layer_types)[:20])
+        raise ConfigError(
+            "layer_types", "without 'sliding_attention' when use_sliding_window is false", list(config.layer_types)[:20]
+        )
 
 
 def window_of(config: Any, layer: int) -> int | None:
@@ -201,8 +207,11 @@ def window_of(config: Any, layer: int) -> int | None:
     return config.sliding_window if config.use_sliding_window and layer >= config.max_window_layers else None
 
 
-def fields_from_json(data: Mapping[str, Any], config: type, aliases: Mapping[str, str], default_theta: float) -> dict[str, Any]:
-    """The constructor's arguments from a config.json object, either dialect (v4: rope_theta and rope_scaling; v5: rope_parameters).
+def fields_from_json(
+    data: Mapping[str, Any], config: type, aliases: Mapping[str, str], default_theta: float
+) -> dict[str, Any]:
+    """The constructor's arguments from a config.json object, either dialect (v4: rope_theta and rope_scaling; v5:
+    rope_parameters).
 
     Warns once about keys that nobody knows. Contradictions between two spellings of one thing are `ConfigError`s.
     """
@@ -217,7 +226,9 @@ def fields_from_json(data: Mapping[str, Any], config: type, aliases: Mapping[str
     if isinstance(dtype, str):
         dtype = dtype.removeprefix("torch.")
     if data.get("quantization_config") is not None:
-        raise ConfigError("quantization_config", "absent: quantised checkpoints are not supported yet", data["quantization_config"])
+        raise ConfigError(
+            "quantization_config", "absent: quantised checkpoints are not supported yet", data["quantization_config"]
+        )
     _check_layer_types(data, config)
     known = {field.name for field in dataclasses.fields(config)} - {"extra", "rope_parameters", "dtype"}
     hints = typing.get_type_hints(config)
@@ -225,14 +236,18 @@ def fields_from_json(data: Mapping[str, Any], config: type, aliases: Mapping[str
     rest = {k: v for k, v in data.items() if k not in known and k not in ("rope_parameters", "dtype")}
     unknown = sorted(key for key in rest if key not in IGNORED and key not in _REWRITTEN)
     if unknown:
-        warnings.warn(f"config.json has keys that nothing here reads: {[key[:80] for key in unknown[:20]]}. They are kept.", stacklevel=2)
+        warnings.warn(
+            f"config.json has keys that nothing here reads: {[key[:80] for key in unknown[:20]]}. They are kept.",
+            stacklevel=2,
+        )
     extra = tuple((k, json.dumps(v)) for k, v in rest.items() if k not in _REWRITTEN)
     dtype = typed("dtype", dtype, hints["dtype"])
     return values | {"rope_parameters": rope_from_json(rope), "dtype": dtype, "extra": extra}
 
 
 def _check_layer_types(data: dict[str, Any], config: type) -> None:
-    """Families without the key have one kind of attention in all layers; a list that says otherwise would change results."""
+    """Families without the key have one kind of attention in all layers; a list that says otherwise would change
+    results."""
     if "layer_types" in {field.name for field in dataclasses.fields(config)} or data.get("layer_types") is None:
         return
     kind = "full_attention" if data.get("sliding_window") is None else "sliding_attention"
@@ -273,7 +288,11 @@ def to_json(config: Any, model_type: str, architecture: str, dtype: str) -> dict
             continue
         data[field.name] = list(value) if isinstance(value, tuple) else value
     data["head_dim"] = head_dim(config)
-    rope = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config.rope_parameters).items() if v is not None}
+    rope = {
+        k: list(v) if isinstance(v, tuple) else v
+        for k, v in dataclasses.asdict(config.rope_parameters).items()
+        if v is not None
+    }
     data["rope_parameters"] = rope
     data["rope_theta"] = rope["rope_theta"]
     if rope["rope_type"] != "default":

@@ -12,7 +12,8 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """Special ids under their json names. Sampling settings are kept in `extra`: `generate` takes them from its call only."""
+    """Special ids under their json names. Sampling settings are kept in `extra`: `generate` takes them from its call
+    only."""
 
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()

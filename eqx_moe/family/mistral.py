@@ -1,6 +1,7 @@
 """Mistral 7B (Jiang et al. 2023); reference: transformers 5.23 `models/mistral/modeling_mistral.py`.
 
-Dense: grouped-query attention without biases, SwiGLU, one sliding window for all layers (4096 unless the config says null).
+Dense: grouped-query attention without biases, SwiGLU, one sliding window for all layers (4096 unless the config says
+null).
 """
 
 import dataclasses

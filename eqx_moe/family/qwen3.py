@@ -1,7 +1,7 @@
 """Qwen3 (Yang et al. 2025); reference: transformers 5.23 `models/qwen3/modeling_qwen3.py`.
 
-Dense: grouped-query attention with a norm on every query and key head, biases on q, k, v and o by `attention_bias`, SwiGLU,
-sliding windows by layer.
+Dense: grouped-query attention with a norm on every query and key head, biases on q, k, v and o by `attention_bias`,
+SwiGLU, sliding windows by layer.
 """
 
 import dataclasses
@@ -58,7 +58,9 @@ def build(config: Qwen3Config, *, key: PRNGKeyArray, dtype: DTypeLike, execution
 
     def attention(layer: int, key: PRNGKeyArray) -> Attention:
         bias = config.attention_bias
-        return gqa(config, window=window_of(config, layer), qkv_bias=bias, o_bias=bias, qk_norm=True, dtype=dtype, key=key)
+        return gqa(
+            config, window=window_of(config, layer), qkv_bias=bias, o_bias=bias, qk_norm=True, dtype=dtype, key=key
+        )
 
     def mlp(layer: int, key: PRNGKeyArray) -> MLP:
         std = config.initializer_range
@@ -69,7 +71,9 @@ def build(config: Qwen3Config, *, key: PRNGKeyArray, dtype: DTypeLike, execution
 
 def names(config: Qwen3Config) -> Layouts:
     """Dense models have one layout; it answers to both names."""
-    rows = decoder_names(config, qkv_bias=config.attention_bias, o_bias=config.attention_bias, qk_norm=True) + mlp_names()
+    rows = (
+        decoder_names(config, qkv_bias=config.attention_bias, o_bias=config.attention_bias, qk_norm=True) + mlp_names()
+    )
     return {"original": rows, "packed": rows}
 
 

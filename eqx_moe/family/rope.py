@@ -89,7 +89,9 @@ def _check(p: RopeParameters, dim: int) -> None:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
             raise ConfigError(f"rope_parameters.{key}", "above 0", value)
     if p.rope_type == "llama3" and not (p.high_freq_factor or 0) > (p.low_freq_factor or 0):
-        raise ConfigError("rope_parameters.high_freq_factor", f"above low_freq_factor ({p.low_freq_factor})", p.high_freq_factor)
+        raise ConfigError(
+            "rope_parameters.high_freq_factor", f"above low_freq_factor ({p.low_freq_factor})", p.high_freq_factor
+        )
     if p.rope_type == "dynamic" and dim <= 2:
         raise ConfigError("head_dim", "above 2 for dynamic rope", dim)
     if p.rope_type == "dynamic" and (p.factor or 1) < 1:
@@ -104,5 +106,7 @@ def _check(p: RopeParameters, dim: int) -> None:
         for key in RopeParameters.__dataclass_fields__
         if key not in ("rope_theta", "rope_type", *needed, *optional) and getattr(p, key) is not None
     ]
-    if unread and not (p.rope_type in ("default", "dynamic", "linear") and unread == ["original_max_position_embeddings"]):
+    if unread and not (
+        p.rope_type in ("default", "dynamic", "linear") and unread == ["original_max_position_embeddings"]
+    ):
         raise ConfigError("rope_parameters", f"without keys that rope_type {p.rope_type!r} does not read", unread)

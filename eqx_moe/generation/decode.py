@@ -1,7 +1,7 @@
 """The decoding loop.
 
-Prompts are padded on the left to a common length, so that all rows decode at the same place of the cache; padding is segment 0
-and nobody sees it. Lengths are rounded up to buckets, so that few shapes compile.
+Prompts are padded on the left to a common length, so that all rows decode at the same place of the cache; padding is
+segment 0 and nobody sees it. Lengths are rounded up to buckets, so that few shapes compile.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,14 +46,22 @@ def generate(
         One list of *new* ids per row.
 
     Raises:
-        ValueError: no prompt, an empty prompt, an id outside the vocabulary, a row longer than the model's positions, or
+        ValueError: no prompt, an empty prompt, an id outside the vocabulary, a row longer than the model's positions,
+        or
             `max_new_tokens` below 1.
     """
     rows = _checked(model, prompts, max_new_tokens)
     sampling = Sampling(temperature, top_k, top_p)
     cache, tokens, segments = _prepare(model, rows, max_new_tokens)
     new, counts = _generate(
-        model, cache, tokens, segments, sampling, _row_keys(seed, len(rows)), _eos(model, eos_ids), jnp.asarray(max_new_tokens)
+        model,
+        cache,
+        tokens,
+        segments,
+        sampling,
+        _row_keys(seed, len(rows)),
+        _eos(model, eos_ids),
+        jnp.asarray(max_new_tokens),
     )
     new, counts = np.asarray(new), np.asarray(counts)
     return [new[r, : counts[r]].tolist() for r in range(len(rows))]
@@ -69,7 +77,8 @@ def stream(
     seed: int = 0,
     eos_ids: Sequence[int] | None = None,
 ) -> Iterator[int]:
-    """The ids that `generate` gives for one prompt, each as soon as it is known. Arguments and errors are those of `generate`.
+    """The ids that `generate` gives for one prompt, each as soon as it is known. Arguments and errors are those of
+    `generate`.
 
     The arguments are checked by the call, before the first id is asked for.
     """
@@ -93,7 +102,9 @@ def stream(
 def _checked(model: Decoder, prompts: Any, max_new_tokens: int) -> list[np.ndarray]:
     if isinstance(prompts, (jax.Array, np.ndarray)):
         if prompts.ndim < 1 or not np.issubdtype(prompts.dtype, np.integer):
-            raise ValueError(f"`prompts` must be an array of token ids [*batch, seq]; got {prompts.dtype}{prompts.shape}.")
+            raise ValueError(
+                f"`prompts` must be an array of token ids [*batch, seq]; got {prompts.dtype}{prompts.shape}."
+            )
         prompts = list(np.asarray(prompts).reshape(-1, prompts.shape[-1]))
     if max_new_tokens < 1:
         raise ValueError(f"`max_new_tokens` must be at least 1; got {max_new_tokens}.")
@@ -104,7 +115,9 @@ def _checked(model: Decoder, prompts: Any, max_new_tokens: int) -> list[np.ndarr
     for r, prompt in enumerate(prompts):
         row = np.asarray(prompt)
         if row.size == 0:
-            raise ValueError(f"Prompts must hold at least one token; prompt {r} is empty. (A beginning-of-text id will do.)")
+            raise ValueError(
+                f"Prompts must hold at least one token; prompt {r} is empty. (A beginning-of-text id will do.)"
+            )
         if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
             raise ValueError(f"A prompt must be a list of token ids; prompt {r} is {str(prompt)[:80]!r}.")
         bad = row[(row < 0) | (row >= vocab)]
@@ -112,8 +125,8 @@ def _checked(model: Decoder, prompts: Any, max_new_tokens: int) -> list[np.ndarr
             raise ValueError(f"Token ids must be in [0, {vocab}), the model's vocabulary; prompt {r} has {bad[0]}.")
         if row.size + max_new_tokens > limit:
             raise ValueError(
-                f"A prompt and its new tokens must fit in the model's {limit} positions; prompt {r} has {row.size} tokens, "
-                f"and {max_new_tokens=}. Shorten the prompt or ask for fewer."
+                f"A prompt and its new tokens must fit in the model's {limit} positions; prompt {r} has {row.size} "
+                f"tokens, and {max_new_tokens=}. Shorten the prompt or ask for fewer."
             )
         rows.append(row.astype(np.int32))
     return rows
@@ -163,6 +176,7 @@ def _step_keys(keys, step):
 def _next(model: Decoder, cache: Cache, tokens, segments, step, sampling: Sampling, keys):
     """Runs the tokens and chooses the one after the last."""
     out = model.forward(tokens, segment_ids=segments, cache=cache)
+    assert out.cache is not None
     token = choose(model.unembed(out.hidden[:, -1]), sampling, _step_keys(keys, step))
     return out.cache, token.astype(jnp.int32)
 

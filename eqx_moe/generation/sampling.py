@@ -27,13 +27,11 @@ class Sampling(eqx.Module):
         self.top_k = None if greedy else top_k
 
 
-def choose(
-    logits: Float[Array, "batch vocab"], sampling: Sampling, keys: Key[Array, " batch"]
-) -> Int[Array, " batch"]:
+def choose(logits: Float[Array, "batch vocab"], sampling: Sampling, keys: Key[Array, " batch"]) -> Int[Array, " batch"]:
     """One token id per row: the most probable, or a draw from the distribution that temperature, top-k and top-p leave.
 
-    top-p keeps the smallest set of most probable tokens whose probabilities reach p (Holtzman et al. 2020), after top-k.
-    Every row draws from its own key.
+    top-p keeps the smallest set of most probable tokens whose probabilities reach p (Holtzman et al. 2020), after
+    top-k. Every row draws from its own key.
     """
     if sampling.temperature is None:
         return jnp.argmax(logits, axis=-1)
@@ -44,7 +42,8 @@ def choose(
 
 
 def _kept(logits: Float[Array, "batch vocab"], sampling: Sampling) -> Bool[Array, "batch vocab"]:
-    """Which tokens top-k and top-p leave. The most probable one always stays, and of equals the lower id comes first."""
+    """Which tokens top-k and top-p leave. The most probable one always stays, and of equals the lower id comes
+    first."""
     order = jnp.argsort(-logits, axis=-1, stable=True)
     ordered = jnp.take_along_axis(logits, order, axis=-1)
     kept = jnp.ones(logits.shape, bool)

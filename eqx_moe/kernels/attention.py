@@ -31,8 +31,8 @@ def attention(
 ) -> Float[Array, "batch queries heads head_dim"]:
     """Scaled dot-product attention; query head h reads key-value head `h // (heads / kv_heads)`.
 
-    Scores and softmax are float32, the result has the dtype of `q`. A query that sees no key gets the mean of all values:
-    finite, and of no use. Memory grows with queries x keys.
+    Scores and softmax are float32, the result has the dtype of `q`. A query that sees no key gets the mean of all
+    values: finite, and of no use. Memory grows with queries x keys.
     """
     batch, queries, heads, head_dim = q.shape
     kv_heads = k.shape[2]

@@ -15,9 +15,7 @@ def cross_entropy_oracle(
     hidden: Float[Array, "tokens hidden"], unembedding: Float[Array, "vocab hidden"], labels: Int[Array, " tokens"]
 ) -> Float32[Array, " tokens"]:
     """What `cross_entropy` computes, from all logits at once. The definition to test against."""
-    logits = jnp.einsum(
-        "th,vh->tv", hidden, unembedding.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+    logits = jnp.einsum("th,vh->tv", hidden, unembedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
     counted = labels != IGNORE
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.where(counted, labels, 0)[:, None], axis=-1)[:, 0]
     known = (labels >= 0) & (labels < unembedding.shape[0])
@@ -29,9 +27,9 @@ def cross_entropy(
 ) -> Float32[Array, " tokens"]:
     """Negative log-likelihood of each label, in nats; 0 where the label is -100.
 
-    The labels belong to the hidden states of the same row: nothing is shifted here. Another label outside the vocabulary
-    gives NaN, never a clamped one. Rows are taken some at a time, as many as keep their logits below 64 MiB, and the
-    backward pass computes the logits again, so that memory does not grow with tokens x vocabulary.
+    The labels belong to the hidden states of the same row: nothing is shifted here. Another label outside the
+    vocabulary gives NaN, never a clamped one. Rows are taken some at a time, as many as keep their logits below 64
+    MiB, and the backward pass computes the logits again, so that memory does not grow with tokens x vocabulary.
     """
     tokens, vocab = hidden.shape[0], unembedding.shape[0]
     rows = max(1, _MAX_LOGITS // vocab)

@@ -1,8 +1,8 @@
 """Rows sorted by group, each multiplied with the matrix of its group.
 
-`grouped_matmul` visits the pairs (tile of rows, group) that really meet, so that the work grows with the rows and not with the
-number of groups. It has one custom VJP for its three contractions, because differentiating through the loop would keep a
-copy of every matrix that the loop visited.
+`grouped_matmul` visits the pairs (tile of rows, group) that really meet, so that the work grows with the rows and not
+with the number of groups. It has one custom VJP for its three contractions, because differentiating through the loop
+would keep a copy of every matrix that the loop visited.
 """
 
 import functools
@@ -20,7 +20,8 @@ _MAX_TILE = 256
 def grouped_matmul_oracle(
     x: Float[Array, "rows in"], weight: Float[Array, "groups out in"], sizes: Int[Array, " groups"]
 ) -> Float[Array, "rows out"]:
-    """What `grouped_matmul` computes, by multiplying every row with every matrix. Slow; the definition to test against."""
+    """What `grouped_matmul` computes, by multiplying every row with every matrix. Slow; the definition to test
+    against."""
     ends = jnp.cumsum(sizes)
     row = jnp.arange(x.shape[0])[:, None]
     mine = (row >= ends - sizes) & (row < ends)
@@ -32,8 +33,9 @@ def grouped_matmul(
 ) -> Float[Array, "rows out"]:
     """`y[r] = weight[g] @ x[r]`, g being the group that row r lies in.
 
-    The first `sizes[0]` rows belong to group 0, the next `sizes[1]` to group 1, and so on; rows past `sizes.sum()` give zero
-    and receive no gradient. Products are accumulated in float32; the result has the dtype of `x`. Reverse-mode differentiable.
+    The first `sizes[0]` rows belong to group 0, the next `sizes[1]` to group 1, and so on; rows past `sizes.sum()`
+    give zero and receive no gradient. Products are accumulated in float32; the result has the dtype of `x`.
+    Reverse-mode differentiable.
     """
     return _grouped(x, weight, sizes)
 
@@ -58,13 +60,15 @@ _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
 def _tile_rows(rows: int, groups: int) -> int:
-    """About a quarter of the mean group, so that the tiles which two groups share stay a small part of all; a power of two."""
+    """About a quarter of the mean group, so that the tiles which two groups share stay a small part of all; a power
+    of two."""
     mean = max(1, rows // (4 * groups))
     return min(_MAX_TILE, 1 << (mean.bit_length() - 1))
 
 
 def _visits(sizes: Int[Array, " groups"], rows: int, tile: int):
-    """The pairs (tile, group) that meet, in order, as two int32 arrays padded to their largest possible number, and how many."""
+    """The pairs (tile, group) that meet, in order, as two int32 arrays padded to their largest possible number, and
+    how many."""
     groups = sizes.shape[0]
     ends = jnp.cumsum(sizes)
     starts = ends - sizes

@@ -28,8 +28,9 @@ class LayerCache(eqx.Module):
 class Cache(eqx.Module):
     """What a decoder remembers of the places that it has seen; all rows advance together.
 
-    `segments` holds the segment id of every place (0: padding, or not written yet), so that left padding and packed rows stay
-    apart in later calls too. `lengths` are the lengths, in tokens, that rotary embeddings which depend on a row's length go by.
+    `segments` holds the segment id of every place (0: padding, or not written yet), so that left padding and packed
+    rows stay apart in later calls too. `lengths` are the lengths, in tokens, that rotary embeddings which depend on a
+    row's length go by.
     """
 
     layers: tuple[LayerCache, ...]

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from eqx_moe.nn.attention import Attention, Rows, segment_layout
@@ -100,11 +101,14 @@ class Decoder(eqx.Module):
 
         Args:
             tokens: ids below the vocabulary size. Outside jit others are an error; under jit they give NaN.
-            positions: rotary positions, by default counted from 0 in every segment (with a cache: from where it stands).
+            positions: rotary positions, by default counted from 0 in every segment (with a cache: from where it
+            stands).
                 They change nothing else: who sees whom goes by places in the row.
-            segment_ids: tokens see only their own segment; 0 is padding, whose outputs are finite and mean nothing. All ones by
+            segment_ids: tokens see only their own segment; 0 is padding, whose outputs are finite and mean nothing.
+            All ones by
                 default.
-            cache: from `init_cache` or an earlier call; the tokens are taken as its next places. Without jit, an error if
+            cache: from `init_cache` or an earlier call; the tokens are taken as its next places. Without jit, an
+            error if
                 they do not fit; under jit the hidden states are then NaN.
             key: given in training only; the router's jitter draws from it.
         """
@@ -181,7 +185,7 @@ def _rows(tokens, segment_ids, cache: Cache | None):
 
 
 def _refuse_bad_ids(tokens, vocab: int) -> None:
-    if isinstance(tokens, jax.core.Tracer) or tokens.size == 0:
+    if isinstance(tokens, Tracer) or tokens.size == 0:
         return
     ids = np.asarray(tokens)  # concrete even where a trace goes on around it
     low, high = int(ids.min()), int(ids.max())
@@ -190,7 +194,7 @@ def _refuse_bad_ids(tokens, vocab: int) -> None:
 
 
 def _refuse_overflow(cache: Cache, seq: int) -> None:
-    if not isinstance(cache.filled, jax.core.Tracer) and int(cache.filled) + seq > cache.length:
+    if not isinstance(cache.filled, Tracer) and int(cache.filled) + seq > cache.length:
         raise ValueError(
             f"The cache holds {cache.length} places, {int(cache.filled)} of them filled; got {seq} more tokens. "
             "Make a longer one with `init_cache`."

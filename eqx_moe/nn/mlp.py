@@ -15,9 +15,7 @@ class MLP(eqx.Module):
     up: Linear
     down: Linear
 
-    def __init__(
-        self, hidden: int, ffn: int, *, bias: bool = False, std: float, dtype: DTypeLike, key: PRNGKeyArray
-    ):
+    def __init__(self, hidden: int, ffn: int, *, bias: bool = False, std: float, dtype: DTypeLike, key: PRNGKeyArray):
         gate_key, up_key, down_key = jax.random.split(key, 3)
         self.gate = Linear(hidden, ffn, bias=bias, std=std, dtype=dtype, key=gate_key)
         self.up = Linear(hidden, ffn, bias=bias, std=std, dtype=dtype, key=up_key)

@@ -32,7 +32,8 @@ class MoE(eqx.Module):
     ) -> tuple[Float[Array, "tokens hidden"], LayerRouting]:
         """With a key (training) the input is multiplied by uniform noise in [1 - jitter, 1 + jitter] first.
 
-        The experts see the noise too, as in transformers' Mixtral; in the Switch paper (Fedus et al. 2021) only the router does.
+        The experts see the noise too, as in transformers' Mixtral; in the Switch paper (Fedus et al. 2021) only the
+        router does.
         """
         if key is not None and self.jitter > 0:
             x = x * jax.random.uniform(key, x.shape, x.dtype, 1 - self.jitter, 1 + self.jitter)
@@ -47,8 +48,8 @@ def load_balancing_loss(
 ) -> Float32[Array, ""]:
     """`experts * sum_e f_e P_e`: f_e the share of tokens that choose expert e, P_e its mean probability.
 
-    Statistics are pooled over layers before the product and f sums to k, so that uniform routing gives k, not 1: the form of
-    transformers' `load_balancing_loss_func` (Switch Transformers, equations 4-6, sum over each layer instead).
+    Statistics are pooled over layers before the product and f sums to k, so that uniform routing gives k, not 1: the
+    form of transformers' `load_balancing_loss_func` (Switch Transformers, equations 4-6, sum over each layer instead).
     Tokens where `mask` is False count nowhere; with none left the loss is zero.
     """
     experts = logits[0].shape[-1]

@@ -1,7 +1,8 @@
 """Rotary position embeddings (Su et al. 2021), half layout: dimension i turns together with i + dim / 2.
 
-One frozen record per kind of frequencies. Records are hashable and hold numbers, no arrays: a model carries them as static
-fields. The formulas are those of transformers 5.23 `modeling_rope_utils.py`; each class names the paper behind it.
+One frozen record per kind of frequencies. Records are hashable and hold numbers, no arrays: a model carries them as
+static fields. The formulas are those of transformers 5.23 `modeling_rope_utils.py`; each class names the paper behind
+it.
 """
 
 import abc
@@ -78,8 +79,8 @@ class LinearRope(AbstractRope):
 class DynamicRope(AbstractRope):
     """Dynamic NTK scaling: theta grows with the length of a row past `max_positions`.
 
-    transformers grows theta as a generation goes on, which turns keys that are already cached by other angles than new ones.
-    Here a row keeps the frequencies of its whole length.
+    transformers grows theta as a generation goes on, which turns keys that are already cached by other angles than
+    new ones. Here a row keeps the frequencies of its whole length.
     """
 
     dim: int
@@ -116,7 +117,8 @@ class Llama3Rope(AbstractRope):
 
 @dataclasses.dataclass(frozen=True)
 class YarnRope(AbstractRope):
-    """YaRN (Peng et al. 2023, section 3): by wavelength between kept and divided by `factor`; `scale` is its attention factor."""
+    """YaRN (Peng et al. 2023, section 3): by wavelength between kept and divided by `factor`; `scale` is its
+    attention factor."""
 
     dim: int
     theta: float
@@ -146,7 +148,8 @@ class YarnRope(AbstractRope):
 
 @dataclasses.dataclass(frozen=True)
 class LongRope(AbstractRope):
-    """LongRoPE (Ding et al. 2024): one divisor per frequency, `short` up to `original_max_positions`, `long` for longer rows.
+    """LongRoPE (Ding et al. 2024): one divisor per frequency, `short` up to `original_max_positions`, `long` for
+    longer rows.
 
     A row keeps one of the two for its whole length; transformers switches in the middle of a generation.
     """

@@ -1,4 +1,5 @@
-"""Routers: they score the experts for each token and decide. What is then done with the decision is not their business."""
+"""Routers: they score the experts for each token and decide. What is then done with the decision is not their
+business."""
 
 import abc
 
@@ -12,7 +13,12 @@ from eqx_moe.execution import Routing
 
 
 class AbstractRouter(eqx.Module):
-    """Scores (`logits`) and a rule that turns them into a decision (`route`), apart so that either can be replaced or watched."""
+    """Scores (`logits`) and a rule that turns them into a decision (`route`), apart so that either can be replaced.
+
+    `k` is how many experts a token visits.
+    """
+
+    k: eqx.AbstractVar[int]
 
     @abc.abstractmethod
     def logits(self, x: Float[Array, "tokens hidden"]) -> Float32[Array, "tokens experts"]: ...

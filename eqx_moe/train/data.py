@@ -38,11 +38,12 @@ _MAGIC = {
 def read_texts(files: Iterable[PathLike]) -> list[str]:
     """The documents of some files, in order: a `.txt` file is one document, each line of a `.jsonl` file is another.
 
-    Text is UTF-8; a byte-order mark at the start is passed over, and so are blank lines of a `.jsonl` file, whose other lines
-    are objects with a string under `text` (other keys are not looked at).
+    Text is UTF-8; a byte-order mark at the start is passed over, and so are blank lines of a `.jsonl` file, whose
+    other lines are objects with a string under `text` (other keys are not looked at).
 
     Raises:
-        DataError: for anything else, with the file, the line and column, the key, what stands there, and the way out. All
+        DataError: for anything else, with the file, the line and column, the key, what stands there, and the way out.
+        All
             bad lines of a file are in one error; nothing is skipped in silence.
     """
     documents = []
@@ -65,7 +66,9 @@ def read_texts(files: Iterable[PathLike]) -> list[str]:
     return documents
 
 
-def _refuse(code: str, file, item: str, *, expected: str, found: str, fix: str, problems: tuple[str, ...] = ()) -> NoReturn:
+def _refuse(
+    code: str, file, item: str, *, expected: str, found: str, fix: str, problems: tuple[str, ...] = ()
+) -> NoReturn:
     raise DataError(
         code=code,
         doing=_READING,
@@ -273,15 +276,13 @@ def _padding(rows: int, seq: int) -> Rows:
 def pack(documents: Iterable[Int[np.ndarray, "_"]], seq: int) -> Rows:
     """Documents in rows of `seq` tokens, each a segment of its own; what is left of a row is padding.
 
-    A document longer than a row is cut into pieces that share one token with the next, so that every token but a document's
-    first is predicted exactly once. Short pieces are put together where they fit best. Documents of fewer than two
-    tokens have nothing to predict and are left out; `DataError` if nothing remains.
+    A document longer than a row is cut into pieces that share one token with the next, so that every token but a
+    document's first is predicted exactly once. Short pieces are put together where they fit best. Documents of fewer
+    than two tokens have nothing to predict and are left out; `DataError` if nothing remains.
     """
     if seq < 2:
         raise ValueError(f"`seq` must be at least 2, a token and the one that it predicts; got {seq}.")
-    pieces = [
-        document[start : start + seq] for document in documents for start in range(0, len(document) - 1, seq - 1)
-    ]
+    pieces = [document[start : start + seq] for document in documents for start in range(0, len(document) - 1, seq - 1)]
     if not pieces:
         raise DataError(
             code="DATA-EMPTY",
@@ -320,10 +321,11 @@ def pack(documents: Iterable[Int[np.ndarray, "_"]], seq: int) -> Rows:
 
 
 def windows(ids: Int[np.ndarray, " tokens"], seq: int) -> Rows:
-    """Rows for measuring a model on one long text: windows of `seq` tokens, every token but the first scored exactly once.
+    """Rows for measuring a model on one long text: windows of `seq` tokens, every token but the first scored exactly
+    once.
 
-    Each window begins half a window after the last one and scores the half that is new, so that every scored token has at
-    least half a window of history, but in the first window. The last one is moved back to the end of the text.
+    Each window begins half a window after the last one and scores the half that is new, so that every scored token
+    has at least half a window of history, but in the first window. The last one is moved back to the end of the text.
     """
     if seq < 2 or len(ids) < 2:
         raise ValueError(f"`seq` and the number of `ids` must be at least 2; got {seq} and {len(ids)}.")

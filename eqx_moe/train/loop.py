@@ -35,7 +35,8 @@ def adamw(
     b2: float = 0.95,
     clip: float = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW as language models are usually trained: linear warm-up, cosine decay to a tenth, gradients clipped by their norm.
+    """AdamW as language models are usually trained: linear warm-up, cosine decay to a tenth, gradients clipped by
+    their norm.
 
     Only matrices (and stacks of them) decay, not norms and biases. `warmup` is a twentieth of the steps by default.
     """
@@ -69,8 +70,8 @@ def make_step(optimizer: optax.GradientTransformation) -> Step:
     """One training step, compiled as one: `step(model, opt_state, batch, key) -> (model, opt_state, metrics)`.
 
     The model and the optimizer state that go in are donated: their memory is used again for those that come out, and
-    neither may be used after the call. If the loss or a gradient is not finite, both come out as they went in. The metrics
-    are those of `loss`, `grad_norm`, and `finite`, which says whether the update was made.
+    neither may be used after the call. If the loss or a gradient is not finite, both come out as they went in. The
+    metrics are those of `loss`, `grad_norm`, and `finite`, which says whether the update was made.
     """
 
     @eqx.filter_jit(donate="all-except-first")
@@ -142,8 +143,8 @@ def fit(
             if not metrics.pop("finite"):
                 raise DivergedError(
                     f"Training diverged at step {step} of {steps}: loss {metrics['loss']}, gradient norm "
-                    f"{metrics['grad_norm']}. The update of this step was not made. Lower the learning rate, or look at "
-                    "the batch of this step and at the weights for values that are not finite."
+                    f"{metrics['grad_norm']}. The update of this step was not made. Lower the learning rate, or look "
+                    "at the batch of this step and at the weights for values that are not finite."
                 )
             history.append(metrics)
             if step == 1:
@@ -168,7 +169,9 @@ class Evaluation:
     nats_per_byte: float | None
 
 
-def evaluate(model: Decoder, batches: Iterable[Batch], *, byte_count: int | None = None, progress: bool = False) -> Evaluation:
+def evaluate(
+    model: Decoder, batches: Iterable[Batch], *, byte_count: int | None = None, progress: bool = False
+) -> Evaluation:
     """The cross-entropy of a model on some batches, each counted token once; `byte_count` is the length of their text.
 
     Raises `ValueError` if no token is counted.
@@ -191,4 +194,3 @@ def evaluate(model: Decoder, batches: Iterable[Batch], *, byte_count: int | None
 @eqx.filter_jit
 def _measure(model: Decoder, batch: Batch) -> Metrics:
     return loss(model, batch)[1]
-

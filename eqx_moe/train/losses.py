@@ -10,7 +10,8 @@ from eqx_moe.train.batch import Batch
 
 
 def next_tokens(batch: Batch) -> Int[Array, "batch seq"]:
-    """The label that each place predicts: that of the next place, or -100 where the next place is of another segment."""
+    """The label that each place predicts: that of the next place, or -100 where the next place is of another
+    segment."""
     same = (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]) & (batch.segment_ids[:, 1:] != 0)
     labels = jnp.where(same, batch.labels[:, 1:], IGNORE)
     return jnp.pad(labels, ((0, 0), (0, 1)), constant_values=IGNORE)
@@ -21,9 +22,9 @@ def loss(
 ) -> tuple[Float32[Array, ""], dict[str, Shaped[Array, ""]]]:
     """The training loss of a batch, and the metrics it is made of.
 
-    It is the mean cross-entropy over the counted tokens, plus `config.router_aux_loss_coef` times the load-balancing loss
-    over the tokens that are not padding where the config has that coefficient: what transformers returns as `loss` with
-    `output_router_logits=True`. A batch without counted tokens has loss 0.
+    It is the mean cross-entropy over the counted tokens, plus `config.router_aux_loss_coef` times the load-balancing
+    loss over the tokens that are not padding where the config has that coefficient: what transformers returns as
+    `loss` with `output_router_logits=True`. A batch without counted tokens has loss 0.
 
     Args:
         model: a language model.

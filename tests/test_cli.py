@@ -1,0 +1,312 @@
+"""The `eqx-moe` command: what it prints, what it writes, and how it fails."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import eqx_moe
+import tiny
+from eqx_moe import train
+from eqx_moe.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.write(tmp_path_factory.mktemp("cli") / "tiny")
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(tiny.TEXT)
+    return file
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command line; gives its status, stdout and stderr."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        status = main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def assert_short(err: str, *parts: str):
+    """An error in one short paragraph."""
+    assert err.startswith("eqx-moe: ") and "Traceback" not in err and "\n\n" not in err and len(err) < 1000
+    for part in parts:
+        assert part in err
+
+
+# --- Usage -----------------------------------------------------------------------------------------------------------
+
+
+def test_help_loads_no_jax():
+    code = """
+import sys
+from eqx_moe.cli import main
+statuses = [main([*command, "--help"]) for command in ([], ["inspect"], ["generate"], ["finetune"])]
+print(statuses, "jax" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.rstrip().endswith("[0, 0, 0, 0] False"), done.stderr
+    assert done.stdout.count("examples:\n  eqx-moe") == 3
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "explode",
+        "inspect",
+        "generate folder",
+        "generate folder --prompt a --max-new-tokens 0",
+        "generate folder --prompt a --max-new-tokens x",
+        "generate folder --prompt a --temperature -1",
+        "generate folder --prompt a --temperature nan",
+        "generate folder --prompt a --top-p 1.5",
+        "generate folder --prompt a --top-k 0",
+        "generate folder --prompt a --seed -1",
+        "finetune folder --out x",
+        "finetune folder --data a.txt",
+        "finetune folder --data a.txt --out x --steps 0",
+        "finetune folder --data a.txt --out x --lr 0",
+        "finetune folder --data a.txt --out x --seq 1",
+    ],
+)
+def test_wrong_usage_is_status_2(run, line):
+    status, out, err = run(*line.split())
+    assert (status, out) == (2, "") and "usage:" in err
+
+
+# --- inspect ---------------------------------------------------------------------------------------------------------
+
+
+def test_inspect(run, folder):
+    status, out, err = run("inspect", folder)
+    assert (status, err) == (0, "")
+    total, active = 19_500, 13_000
+    model = tiny.model()
+    total = sum(leaf.size for path, leaf in eqx_moe.checkpoint.names.leaf_paths(model).items())
+    active = total - 2 * 3 * (3 * 12 * 17)
+    for part in ("mixtral", f"{total:,} in all, {active:,} active", f"{4 * total:,} bytes of F32", "original"):
+        assert part in out
+    for line in ("num_local_experts        5", "model.safetensors", "tokenizer.json"):
+        assert line in out
+
+
+def test_inspect_reads_headers_only(run, folder, tmp_path, monkeypatch):
+    """Shards and the packed layout too; and the data of the weights is never asked for."""
+    eqx_moe.save_pretrained(tiny.model(), tmp_path / "packed", layout="packed", max_shard_size=20_000)
+    monkeypatch.setattr("eqx_moe.checkpoint.reader.load_leaves", None)
+    status, out, _ = run("inspect", tmp_path / "packed")
+    assert status == 0 and "packed" in out and "model.safetensors.index.json" in out and "-of-" in out
+
+
+def test_inspect_of_a_dense_model(run, tmp_path):
+    tiny.write(tmp_path, tiny.DENSE, dtype="bfloat16")
+    status, out, _ = run("inspect", tmp_path)
+    assert status == 0 and "llama" in out and "active" not in out and "bytes of BF16" in out and "dense" in out
+
+
+def test_inspect_says_that_tensors_are_missing(run, folder, tmp_path):
+    eqx_moe.save_pretrained(tiny.model(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_hidden_layers"] = 3
+    config["surprise"] = "\x1b[31mred"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    status, out, err = run("inspect", tmp_path)
+    assert status == 0 and "will not load" in out and "\x1b" not in out
+    assert err.startswith("eqx-moe: warning: ") and "surprise" in err and ".py" not in err
+
+
+@pytest.mark.parametrize("command", ["inspect {}", "generate {} --prompt a", "finetune {} --data a.txt --out {}/out"])
+def test_no_such_model(run, tmp_path, command):
+    status, out, err = run(*command.format(tmp_path / "absent", tmp_path).split())
+    assert (status, out) == (1, "")
+    assert_short(err, "absent", "found", "fix")
+    assert not list(tmp_path.iterdir())
+
+
+# --- generate --------------------------------------------------------------------------------------------------------
+
+
+def test_generate(run, folder):
+    model, tokenizer = eqx_moe.from_pretrained(folder), tiny.tokenizer()
+    prompt = "The wren"
+    options = dict(max_new_tokens=23, temperature=0.9, top_k=40, top_p=0.9, seed=4)
+    (ids,) = eqx_moe.generate(model, [tokenizer.encode(prompt).ids], **options)
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    status, out, err = run("generate", folder, "--prompt", prompt, *flags)
+    assert (status, err) == (0, "")
+    assert out.removesuffix("\n").rstrip("\ufffd") == tokenizer.decode(ids).rstrip("\ufffd")
+
+
+def test_generate_refuses(run, folder, tmp_path):
+    status, out, err = run("generate", folder, "--prompt", "")
+    assert (status, out) == (1, "")
+    assert_short(err, "empty")
+    status, out, err = run("generate", folder, "--prompt", "wren " * 99)
+    assert (status, out) == (1, "")
+    assert_short(err, "61 positions")
+
+
+def test_debug_shows_the_traceback(folder):
+    with pytest.raises(ValueError, match="empty"):
+        main(["generate", str(folder), "--prompt", "", "--debug"])
+
+
+def test_an_unforeseen_error_is_one_line(run, folder, monkeypatch):
+    def explode(*_, **__):
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr("eqx_moe.hub.from_pretrained", explode)
+    status, _, err = run("generate", folder, "--prompt", "a")
+    assert status == 1 and err == "eqx-moe: RuntimeError: first line (--debug shows where)\n"
+
+
+def test_a_reader_that_goes_away_is_no_error(folder):
+    """As in `eqx-moe inspect MODEL | head -0`."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "eqx_moe.cli", "inspect", folder], stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert done.stderr == ""
+
+
+# --- decoding text while it comes ------------------------------------------------------------------------------------
+
+
+def decoded(ids, prompt=()) -> list[str]:
+    from eqx_moe.generation import decode_stream
+
+    return list(decode_stream(tiny.tokenizer(), ids, prompt))
+
+
+def test_characters_are_shown_whole():
+    written = "naïve ☕ 👩‍🔬 漢字 " * 9
+    ids = tiny.tokenizer().encode(written).ids
+    pieces = decoded(ids)
+    assert "".join(pieces) == written and len(pieces) > 50
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join(decoded(ids[7:], prompt=ids[:7])) == written[len(tiny.tokenizer().decode(ids[:7])) :]
+
+
+def test_an_unfinished_character_is_left_out():
+    ids = tiny.tokenizer().encode("a👩").ids
+    assert "".join(decoded(ids[:-1])) == "a"
+
+
+def test_bytes_that_are_no_text_do_not_stop_the_stream():
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        ids = generator.integers(1, 283, generator.integers(1, 60)).tolist()
+        shown, whole = "".join(decoded(ids)), tiny.tokenizer().decode(ids)
+        assert whole.startswith(shown) and set(whole[len(shown) :]) <= {"\ufffd"} and len(whole) - len(shown) <= 3
+
+
+# --- finetune --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def short_fit():
+    """`train.fit` takes a second or more to compile; where only what is around it matters, one step will do."""
+
+
+def test_finetune(run, tmp_path, text):
+    source = tiny.write(tmp_path / "source", dtype="bfloat16")
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(json.dumps({"text": "A wren."}) + "\n" + json.dumps({"text": tiny.TEXT}) + "\n")
+    out = tmp_path / "new" / "tuned"
+    arguments = ["--steps", 12, "--lr", 1e-2, "--batch-size", 3, "--seq", 19]
+    status, printed, err = run("finetune", source, "--data", text, lines, "--out", out, *arguments)
+    assert (status, err) == (0, ""), err
+    assert "3 documents" in printed and str(out / "model") in printed
+    assert [file.name for file in out.iterdir()] == ["model"]
+    assert json.loads((out / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+    tuned = eqx_moe.from_pretrained(out / "model")
+    tokenizer = eqx_moe.load_tokenizer(out / "model")
+    documents = train.tokenize([tiny.TEXT], tokenizer, vocab_size=283)
+    losses = [
+        train.evaluate(model, train.in_order(train.pack(documents, 19), 4)).nats_per_token
+        for model in (eqx_moe.from_pretrained(source), tuned)
+    ]
+    assert losses[1] < losses[0] - 0.3
+    # A second time into the same folder: refused before anything is done, and nothing is touched.
+    before = {file: file.read_bytes() for file in (out / "model").iterdir()}
+    status, printed, err = run("finetune", source, "--data", text, "--out", out, *arguments)
+    assert (status, printed) == (1, "")
+    assert_short(err, "holds files", "--out")
+    assert before == {file: file.read_bytes() for file in (out / "model").iterdir()}
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def disk_full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["eqx_moe.train.fit", "eqx_moe.checkpoint.writer._write"])
+def test_ctrl_c_leaves_nothing(run, folder, tmp_path, text, monkeypatch, where):
+    monkeypatch.setattr("eqx_moe.train.fit", lambda model, *_, **__: (model, [{"cross_entropy": 1.0}]))
+    monkeypatch.setattr(where, interrupt)
+    status, _, err = run("finetune", folder, "--data", text, "--out", tmp_path / "out", "--steps", 1)
+    assert (status, err) == (130, "\neqx-moe: interrupted\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk(run, folder, tmp_path, text, monkeypatch):
+    monkeypatch.setattr("eqx_moe.train.fit", lambda model, *_, **__: (model, [{"cross_entropy": 1.0}]))
+    monkeypatch.setattr("eqx_moe.checkpoint.writer._write", disk_full)
+    status, _, err = run("finetune", folder, "--data", text, "--out", tmp_path / "out", "--steps", 1)
+    assert (status, err) == (1, "eqx-moe: No space left on device\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_divergence(run, folder, tmp_path, text):
+    status, _, err = run(
+        "finetune", folder, "--data", text, "--out", tmp_path / "out", "--steps", 9, "--lr", 1e3, "--seq", 19
+    )
+    if status:  # Where the weights grow without becoming infinite, training goes on.
+        assert_short(err, "diverged at step", "learning rate")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (["--data", "{tmp}/absent.txt"], ("DATA-FILE", "absent.txt", "No such file")),
+        (["--data", "{tmp}/bad.jsonl"], ("DATA-JSON", "bad.jsonl:1:2")),
+        (["--data", "{tmp}/short.txt"], ("DATA-EMPTY", "two tokens")),
+        (["--seq", "62"], ("61, the model's positions",)),
+        (["--out", "{tmp}/text.txt"], ("text.txt", "a folder")),
+        (["--out", "{tmp}/text.txt/deeper"], ("text.txt", "a folder")),
+    ],
+)
+def test_finetune_refuses(run, folder, tmp_path, text, change, says):
+    (tmp_path / "bad.jsonl").write_text("{text}\n")
+    (tmp_path / "short.txt").write_text("a")
+    # Without an id that ends documents, a document of one token has nothing to predict.
+    (tmp_path / "source").symlink_to(folder)
+    there = sorted(tmp_path.iterdir())
+    arguments = {"--data": text, "--out": tmp_path / "out", "--steps": 1}
+    if "short" in change[1]:
+        source = tiny.write(tmp_path / "endless", tiny.dataclasses.replace(tiny.CONFIG, eos_token_id=None))
+        there = sorted(tmp_path.iterdir())
+    else:
+        source = folder
+    arguments |= {change[0]: change[1].format(tmp=tmp_path)}
+    status, out, err = run("finetune", source, *[part for pair in arguments.items() for part in pair])
+    assert (status, out) == (1, "")
+    assert_short(err, *says)
+    assert sorted(tmp_path.iterdir()) == there

@@ -1,0 +1,125 @@
+"""The programs under examples/, run as a user runs them (on a tiny checkpoint, for a few steps)."""
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import eqx_moe
+import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.write(tmp_path_factory.mktemp("examples") / "tiny", dtype="bfloat16")
+
+
+@pytest.fixture
+def example(root, monkeypatch, capsys):
+    """Runs an example's `main` with arguments; gives its module and what it printed."""
+
+    def run(name: str, *arguments):
+        spec = importlib.util.spec_from_file_location(f"example_{name}", root / "examples" / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        if arguments:
+            monkeypatch.setattr(sys, "argv", [f"examples/{name}.py", *map(str, arguments)])
+            module.main()
+        return module, capsys.readouterr().out
+
+    return run
+
+
+def is_png(file: pathlib.Path) -> bool:
+    return file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_quickstart(example, folder, tmp_path):
+    _, out = example("quickstart", "--model", folder, "--steps", 8, "--out", tmp_path / "out")
+    assert "identical, bit for bit" in out and str(tmp_path / "out" / "model") in out
+    assert is_png(tmp_path / "out" / "loss.png")
+    before, after = (float(out.split(mark)[0].split()[-1]) for mark in (" before", " after"))
+    assert after < before
+    assert eqx_moe.load_config(tmp_path / "out" / "model").num_local_experts == 5
+
+
+def test_quickstart_can_be_repeated(example, folder, tmp_path):
+    (tmp_path / "loss.png").write_text("old")
+    for _ in range(2):
+        assert "identical" in example("quickstart", "--model", folder, "--steps", 1, "--out", tmp_path)[1]
+
+
+def test_finetune(example, folder, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in tiny.TEXT.splitlines() if line))
+    arguments = ["--data", text, "--out", tmp_path / "out", "--steps", 20, "--lr", 1e-2, "--seq", 32]
+    _, out = example("finetune", folder, *arguments)
+    first, last = (float(part.split()[-1]) for part in out.splitlines()[0].split(" in the ")[:2])
+    assert last < first - 0.3
+    assert eqx_moe.load_config(tmp_path / "out").dtype == "bfloat16"
+    tuned = eqx_moe.from_pretrained(tmp_path / "out")
+    assert not np.array_equal(tuned.embed.weight, eqx_moe.from_pretrained(folder).embed.weight)
+
+
+TINY_RECIPE = dict(
+    vocab=300, hidden=12, layers=1, heads=3, kv_heads=1, experts=5, k=2, expert_ffn=17, context=23, steps=3, batch=7
+)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["moe", "dense"])
+def test_pretrain(example, tmp_path, monkeypatch, dense):
+    module, _ = example("pretrain")
+    text = tmp_path / "text.txt"
+    text.write_bytes(module.DATA.read_bytes()[:20_000])
+    monkeypatch.setattr(module, "DATA", text)
+    loss = module.run(module.Recipe(**TINY_RECIPE), tmp_path / "out", seed=1, dense=dense)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{loss:.4f} nats per byte" in card and "| 1, 3 of 7 x 23 tokens |" in card and card.count("ROMEO:\n") == 3
+    assert is_png(tmp_path / "out" / "loss.png")
+    model = eqx_moe.from_pretrained(tmp_path / "out")
+    assert type(model.config) is (eqx_moe.LlamaConfig if dense else eqx_moe.MixtralConfig)
+    assert model.config.dtype == "bfloat16"
+    # The dense model does the work of the experts that one token visits.
+    (block,) = model.layers
+    ffn = block.mlp.gate.weight.shape[0] if dense else 2 * block.moe.experts.gate.shape[1]
+    assert ffn == 34
+
+
+def test_pretrain_spellings(example):
+    module, _ = example("pretrain")
+    tokenizer = tiny.tokenizer()
+    plain = module.DropoutTokens(tiny.TEXT, tokenizer, 0.0, seed=0)
+    assert plain.ids(0).tolist() == plain.ids(1).tolist() == tokenizer.encode(tiny.TEXT).ids
+    dropped = module.DropoutTokens(tiny.TEXT, tokenizer, 0.3, seed=0)
+    first, second = dropped.ids(0).tolist(), dropped.ids(1).tolist()
+    assert first != second and len(first) > len(plain.ids(0))
+    assert tokenizer.decode(first) == tokenizer.decode(second) == tiny.TEXT
+    assert module.DropoutTokens(tiny.TEXT, tokenizer, 0.3, seed=0).ids(1).tolist() == second
+    assert module.DropoutTokens(tiny.TEXT, tokenizer, 0.3, seed=1).ids(1).tolist() != second
+
+
+@pytest.mark.parametrize("name", ["quickstart", "finetune", "pretrain"])
+def test_help(root, name):
+    done = subprocess.run([sys.executable, root / "examples" / f"{name}.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and f"python examples/{name}.py" in done.stdout, done.stderr
+
+
+def test_data_is_what_notice_says(root):
+    files = {f"examples/data/{file.name}" for file in (root / "examples" / "data").iterdir()}
+    notice = (root / "NOTICE").read_text()
+    assert {line for line in notice.splitlines() if line.startswith("examples/data/")} == files
+
+
+def test_the_bundled_checkpoint(bundled):
+    """Small, loadable, and as good as its card says that it must be."""
+    assert (bundled / "model.safetensors").stat().st_size <= 6_000_000
+    model, tokenizer = eqx_moe.from_pretrained(bundled), eqx_moe.load_tokenizer(bundled)
+    assert model.config.vocab_size == tokenizer.get_vocab_size()
+    card = (bundled / "README.md").read_text()
+    assert float(card.split("**")[1].split()[0]) < 1.60
