@@ -154,7 +154,7 @@ def _command(commands, name: str, run, summary: str, examples: Sequence[str]) ->
     return parser
 
 
-def _number(kind: type, low: float, high: float, expected: str):
+def _number(kind: type, low: int | float, high: int | float, expected: str):
     """An argparse type: a number in [low, high], NaN excluded."""
 
     def parse(text: str) -> Any:

@@ -19,6 +19,7 @@ import safetensors.numpy
 import tokenizers
 
 import eqx_moe
+from eqx_moe.checkpoint import leaf_paths
 from eqx_moe.errors import CODES, CheckpointError
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -309,7 +310,7 @@ def test_a_stack_of_two_dtypes(single):
     safetensors.numpy.save_file(tensors, single / SINGLE)
     error = refused(single, "ST-DTYPE", SINGLE, EXPERT, lambda folder: eqx_moe.from_pretrained(folder, dtype="auto"))
     assert "experts.0.w1" in error.expected and "dtype=" in error.fix
-    assert eqx_moe.from_pretrained(single, dtype="float32").layers[1].moe.experts.gate.dtype == np.float32
+    assert leaf_paths(eqx_moe.from_pretrained(single, dtype="float32"))["layers.1.moe.experts.gate"].dtype == np.float32
 
 
 def test_a_value_out_of_range(single):
@@ -676,8 +677,9 @@ def test_an_odd_folder_loads(made, sharded, name, monkeypatch):
     folder = LOOKALIKES[name](sharded)
     loaded = eqx_moe.from_pretrained(folder if isinstance(folder, pathlib.Path) else sharded, dtype="auto")
     right = safetensors.numpy.load_file(made / "single" / SINGLE)
-    np.testing.assert_array_equal(loaded.layers[1].moe.experts.gate[2], right[EXPERT])
-    np.testing.assert_array_equal(loaded.head.weight, right[HEAD])
+    leaves = leaf_paths(loaded)
+    np.testing.assert_array_equal(leaves["layers.1.moe.experts.gate"][2], right[EXPERT])
+    np.testing.assert_array_equal(leaves["head.weight"], right[HEAD])
     assert loaded.generation_config.eos_token_id == (2,)
     assert not (sharded.parent / "canary").exists() and not (sharded / "canary").exists()
 

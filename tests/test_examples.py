@@ -8,9 +8,9 @@ import sys
 
 import numpy as np
 import pytest
+import tiny
 
 import eqx_moe
-import tiny
 
 
 @pytest.fixture(scope="module")
