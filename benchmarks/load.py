@@ -1,9 +1,9 @@
 """Time and peak memory of loading a 1 GB Mixtral-layout checkpoint: eqx_moe beside transformers.
 
-    python benchmarks/load.py [FOLDER]     # needs the `oracle` extra; writes 1 GB into FOLDER (a temporary one by default)
+    python benchmarks/load.py [FOLDER]     # needs the `oracle` extra; writes 1 GB (to a temporary folder by default)
 
-Every load is a process of its own; the peak is its VmHWM after the load less the one after the imports. Files are in the page
-cache.
+Every load is a process of its own; the peak is its VmHWM after the load less the one after the imports. Files
+are in the page cache.
 """
 
 import json

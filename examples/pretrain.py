@@ -253,8 +253,9 @@ sense.
 | Validation loss | **{loss:.4f} nats per byte** ({token_loss:.4f} per token) |
 
 The loss is that of the weights in this folder (bfloat16), on the last 10% of the file ({bytes:,} bytes), which neither
-the tokenizer nor the model has seen: windows of {context} tokens, each token scored once, with at least half a window before it but
-at the very beginning. Only one spelling of the text is scored, so the true loss per byte is a little lower.
+the tokenizer nor the model has seen: windows of {context} tokens, each token scored once, with at least half a window
+before it but at the very beginning. Only one spelling of the text is scored, so the true loss per byte is a little
+lower.
 
 Recipe: {recipe}
 

@@ -59,7 +59,7 @@ def main() -> None:
 
     heading("4. Generate again")
     prompt = tokenizer.encode("Scrooge ").ids
-    write_text(tuned, tokenizer, prompt, context // 2 - len(prompt))
+    write_text(tuned, tokenizer, prompt, context - len(prompt))
 
     heading("5. Save, load again, compare")
     folder = args.out / "model"

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -52,6 +53,7 @@ def assert_short(err: str, *parts: str):
 def test_help_loads_no_jax():
     code = """
 import sys
+from typing import Any
 from eqx_moe.cli import main
 statuses = [main([*command, "--help"]) for command in ([], ["inspect"], ["generate"], ["finetune"])]
 print(statuses, "jax" in sys.modules)
@@ -95,7 +97,7 @@ def test_inspect(run, folder):
     assert (status, err) == (0, "")
     model = tiny.model()
     total = sum(leaf.size for leaf in jax.tree.leaves(model))
-    active = total - 2 * 3 * (3 * 12 * 17)
+    active = total - 3 * (3 * 12 * 17)
     for part in ("mixtral", f"{total:,} in all, {active:,} active", f"{4 * total:,} bytes of F32", "original"):
         assert part in out
     for line in ("num_local_experts        5", "model.safetensors", "tokenizer.json"):
@@ -104,7 +106,7 @@ def test_inspect(run, folder):
 
 def test_inspect_reads_headers_only(run, folder, tmp_path, monkeypatch):
     """Shards and the packed layout too; and the data of the weights is never asked for."""
-    eqx_moe.save_pretrained(tiny.model(), tmp_path / "packed", layout="packed", max_shard_size=20_000)
+    eqx_moe.save_pretrained(tiny.model(), tmp_path / "packed", layout="packed", max_shard_size=10_000)
     monkeypatch.setattr("eqx_moe.checkpoint.reader.load_leaves", None)
     status, out, _ = run("inspect", tmp_path / "packed")
     assert status == 0 and "packed" in out and "model.safetensors.index.json" in out and "-of-" in out
@@ -116,6 +118,7 @@ def test_inspect_of_a_dense_model(run, tmp_path):
     assert status == 0 and "llama" in out and "active" not in out and "bytes of BF16" in out and "dense" in out
 
 
+@pytest.mark.filterwarnings("default")
 def test_inspect_says_that_tensors_are_missing(run, folder, tmp_path):
     eqx_moe.save_pretrained(tiny.model(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -141,8 +144,8 @@ def test_no_such_model(run, tmp_path, command):
 def test_generate(run, folder):
     model, tokenizer = eqx_moe.from_pretrained(folder), tiny.tokenizer()
     prompt = "The wren"
-    options = dict(max_new_tokens=23, temperature=0.9, top_k=40, top_p=0.9, seed=4)
-    (ids,) = eqx_moe.generate(model, [tokenizer.encode(prompt).ids], **options)
+    options: dict[str, Any] = dict(max_new_tokens=23, temperature=0.9, top_k=40, top_p=0.9, seed=4)
+    ids = list(eqx_moe.stream(model, tokenizer.encode(prompt).ids, **options))
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
     status, out, err = run("generate", folder, "--prompt", prompt, *flags)
     assert (status, err) == (0, "")
@@ -267,15 +270,6 @@ def test_a_full_disk(run, folder, tmp_path, text, monkeypatch):
     status, _, err = run("finetune", folder, "--data", text, "--out", tmp_path / "out", "--steps", 1)
     assert (status, err) == (1, "eqx-moe: No space left on device\n")
     assert not (tmp_path / "out").exists()
-
-
-def test_divergence(run, folder, tmp_path, text):
-    status, _, err = run(
-        "finetune", folder, "--data", text, "--out", tmp_path / "out", "--steps", 9, "--lr", 1e3, "--seq", 19
-    )
-    if status:  # Where the weights grow without becoming infinite, training goes on.
-        assert_short(err, "diverged at step", "learning rate")
-        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """The loss: its parts against slow oracles, what it counts, and what it does not."""
 
-import dataclasses
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -97,7 +95,7 @@ def make_batch(rows: list[list[int]], segments: list[list[int]], labels: list[li
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.model(dataclasses.replace(tiny.CONFIG, num_hidden_layers=1))
+    return tiny.model()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ CONFIG = eqx_moe.MixtralConfig(
     vocab_size=283,
     hidden_size=12,
     intermediate_size=17,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=3,
     num_key_value_heads=1,
     head_dim=4,
@@ -48,10 +48,10 @@ def tokenizer() -> Tokenizer:
     return made
 
 
-def model(config=CONFIG, seed: int = 3) -> eqx_moe.Decoder:
+def model(config: object = CONFIG, seed: int = 3) -> eqx_moe.Decoder:
     return eqx_moe.init(config, key=jax.random.key(seed))
 
 
-def write(folder: pathlib.Path, config=CONFIG, dtype: str = "float32") -> pathlib.Path:
+def write(folder: pathlib.Path, config: object = CONFIG, dtype: str = "float32") -> pathlib.Path:
     eqx_moe.save_pretrained(model(config), folder, tokenizer=tokenizer(), dtype=dtype)
     return folder
