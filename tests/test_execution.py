@@ -19,6 +19,11 @@ from eqx_moe.nn.router import SoftmaxTopKRouter
 SHAPES = [(1, 7, 5, 11), (2, 3, 13, 7), (37, 5, 11, 6), (90, 1, 7, 9), (301, 4, 6, 5), (64, 64, 3, 10)]
 
 
+def assert_close(ours, theirs):
+    """Within 1e-5 of the largest entry: sums of terms that cancel have no digits of their own. Also refuses NaN."""
+    assert np.abs(ours - theirs).max() <= 1e-5 * max(1.0, np.abs(theirs).max())
+
+
 @st.composite
 def groupings(draw):
     """A shape and the sizes of its groups: at random, all in one group, or rows left over at the end."""
@@ -52,7 +57,7 @@ def test_grouped_matmul_equals_its_oracle_in_value_and_gradients(case):
     )
     found, expected = _both(x, weight, sizes, dy)
     for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert_close(ours, theirs)
 
 
 def test_rows_past_the_groups_may_hold_anything():
@@ -101,10 +106,8 @@ def test_grouped_equals_dense_in_value_and_gradients(shape, kind, seed):
     found, expected = (
         _run(execution, x, weights, chosen.astype(np.int32), experts, dy) for execution in (Grouped(), Dense())
     )
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(found[1], expected[1], strict=True):
-        assert np.isfinite(ours).all()
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
+        assert_close(ours, theirs)
 
 
 def test_permuting_experts_permutes_nothing_else(getkey):
