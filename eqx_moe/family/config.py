@@ -19,10 +19,12 @@ IGNORED = {
     "_name_or_path": "where a checkpoint once lay",
     "architectures": "follows from model_type; written anew",
     "auto_map": "code from a checkpoint is never run",
+    "layer_types": "in families that mix no kinds of layers: checked to say so",
     "model_type": "chooses the family",
     "output_attentions": "a switch of the reference's forward pass",
     "output_hidden_states": "a switch of the reference's forward pass",
     "output_router_logits": "`forward` always returns them",
+    "original_max_position_embeddings": "only some kinds of rope read it",
     "pretraining_tp": "a way to slice the reference's matrix products",
     "return_dict": "a switch of the reference's forward pass",
     "torch_dtype": "the older name of dtype",
@@ -222,17 +224,22 @@ def fields_from_json(
             if data.setdefault(key, value) != value:
                 raise ConfigError(alias, f"equal to {key} ({data[key]!r})", value)
     rope = _rope_json(data, default_theta)
-    dtype = data.get("dtype", data.get("torch_dtype"))
-    if isinstance(dtype, str):
-        dtype = dtype.removeprefix("torch.")
+    spellings = [
+        value.removeprefix("torch.") if isinstance(value, str) else value
+        for value in (data.get("dtype"), data.get("torch_dtype"))
+        if value is not None
+    ]
+    if len(spellings) == 2 and spellings[0] != spellings[1]:
+        raise ConfigError("torch_dtype", f"equal to dtype ({spellings[0]!r})", spellings[1])
+    dtype = spellings[0] if spellings else None
     if data.get("quantization_config") is not None:
         raise ConfigError(
             "quantization_config", "absent: quantised checkpoints are not supported yet", data["quantization_config"]
         )
-    _check_layer_types(data, config)
     known = {field.name for field in dataclasses.fields(config)} - {"extra", "rope_parameters", "dtype"}
     hints = typing.get_type_hints(config)
     values: dict[str, Any] = {key: typed(key, data[key], hints[key]) for key in sorted(known) if key in data}
+    _check_layer_types(data, values, config)
     rest = {k: v for k, v in data.items() if k not in known and k not in ("rope_parameters", "dtype")}
     unknown = sorted(key for key in rest if key not in IGNORED and key not in _REWRITTEN)
     if unknown:
@@ -245,38 +252,68 @@ def fields_from_json(
     return values | {"rope_parameters": rope_from_json(rope), "dtype": dtype, "extra": extra}
 
 
-def _check_layer_types(data: dict[str, Any], config: type) -> None:
+def _check_layer_types(data: Mapping[str, Any], values: Mapping[str, Any], config: type) -> None:
     """Families without the key have one kind of attention in all layers; a list that says otherwise would change
     results."""
     if "layer_types" in {field.name for field in dataclasses.fields(config)} or data.get("layer_types") is None:
         return
-    kind = "full_attention" if data.get("sliding_window") is None else "sliding_attention"
-    if data["layer_types"] != [kind] * data.get("num_hidden_layers", 0):
-        raise ConfigError("layer_types", f"{kind!r} for every layer (this family mixes none)", data["layer_types"])
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    window, layers = ({**defaults, **values}.get(key) for key in ("sliding_window", "num_hidden_layers"))
+    kind = "full_attention" if window is None else "sliding_attention"
+    found = data["layer_types"]
+    # The length is compared, no list of it made: the number of layers is not held against its limit yet.
+    if not isinstance(found, list) or len(found) != layers or any(each != kind for each in found):
+        raise ConfigError("layer_types", f"{kind!r} for each of {layers} layers (this family mixes none)", found)
 
 
 def _rope_json(data: dict[str, Any], default_theta: float) -> dict[str, Any]:
-    """One object out of the two dialects, by the rules of transformers 5.23 `standardize_rope_params`."""
-    source = "rope_scaling" if data.get("rope_scaling") is not None else "rope_parameters"
-    given = data.get(source)
-    if given is not None and not isinstance(given, dict):
-        raise ConfigError(source, "an object or null", given)
-    rope = dict(given or {})
-    if "type" in rope:
-        kind = rope.pop("type")
-        rope.setdefault("rope_type", kind)
+    """One object out of the two dialects, which transformers 5.23 `standardize_rope_params` reads too.
+
+    There the older spelling wins in silence where both are given; here they must agree. An empty `rope_scaling` says
+    nothing.
+    """
+    given: dict[str, dict[str, Any]] = {}
+    for source in ("rope_scaling", "rope_parameters"):
+        value = data.get(source)
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(source, "an object or null", value)
+        if value:
+            given[source] = dict(value)
+            _one_spelling(given[source], "type", "rope_type", source)
+    rope = dict(given.get("rope_parameters") or given.get("rope_scaling") or {})
+    for key, value in given.get("rope_scaling", {}).items():
+        if rope.get(key) != value:
+            raise ConfigError(f"rope_scaling.{key}", f"equal to rope_parameters.{key} ({rope.get(key)!r})", value)
+    if len(given) == 2:
+        for key in sorted(set(rope) - set(given["rope_scaling"]) - {"rope_theta", "partial_rotary_factor"}):
+            if rope[key] is not None and (key, rope[key]) != ("rope_type", "default"):
+                raise ConfigError(f"rope_scaling.{key}", f"equal to rope_parameters.{key} ({rope[key]!r})", None)
     for key in ("rope_theta", "partial_rotary_factor"):
-        if data.get(key) is not None:
-            rope.setdefault(key, data[key])
-        data.pop(key, None)
+        value = data.pop(key, None)
+        if value is None:
+            continue
+        if rope.get(key) is not None and rope[key] != value:
+            raise ConfigError(key, f"equal to rope_parameters.{key} ({rope[key]!r})", value)
+        rope[key] = value
     if rope.get("rope_theta") is None:
         rope["rope_theta"] = default_theta
-    original = data.pop("original_max_position_embeddings", None)
     if rope.get("rope_type", "default") in ("llama3", "yarn", "longrope"):
+        # Elsewhere the key says nothing, and stays among those that are kept.
+        key = "original_max_position_embeddings"
+        original = data.pop(key, None)
         if original is not None:
-            rope["original_max_position_embeddings"] = original
-        rope.setdefault("original_max_position_embeddings", data.get("max_position_embeddings"))
+            if rope.get(key) is not None and rope[key] != original:
+                raise ConfigError(key, f"equal to rope_parameters.{key} ({rope[key]!r})", original)
+            rope[key] = original
+        rope.setdefault(key, data.get("max_position_embeddings"))
     return rope
+
+
+def _one_spelling(rope: dict[str, Any], alias: str, key: str, where: str) -> None:
+    if alias in rope:
+        value = rope.pop(alias)
+        if rope.setdefault(key, value) != value:
+            raise ConfigError(f"{where}.{alias}", f"equal to {where}.{key} ({rope[key]!r})", value)
 
 
 def to_json(config: Any, model_type: str, architecture: str, dtype: str) -> dict[str, Any]:
