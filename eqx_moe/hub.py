@@ -153,7 +153,8 @@ def save_pretrained(
     disk; other files in it stay as they are.
 
     Args:
-        tokenizer: written as tokenizer.json, with a small tokenizer_config.json.
+        tokenizer: written as tokenizer.json, with a small tokenizer_config.json; what such a file in the folder says
+            besides the special tokens (a chat template, say) is kept.
         max_shard_size: bytes, or a text such as "5GB" or "2GiB".
         layout: "original", as the model's makers released it, or "packed", as transformers 5 holds it in memory.
         dtype: a float dtype or its name, for all but the tensors that the family keeps in float32; None writes what is
@@ -174,7 +175,7 @@ def save_pretrained(
     if tokenizer is not None:
         files |= {
             _TOKENIZER: tokenizer.to_str(pretty=True).encode(),
-            _TOKENIZER_CONFIG: _json(_tokenizer_config(tokenizer, model)),
+            _TOKENIZER_CONFIG: _json(_tokenizer_config(tokenizer, model, pathlib.Path(folder))),
         }
     files[_CONFIG] = _json(config_to_json(config, _dtype_to_save(leaves, dtype, config.dtype)))
     save_leaves(
@@ -244,10 +245,12 @@ def _check_shapes(leaves: dict[str, Any], expected: dict[str, Any]) -> None:
             )
 
 
-def _tokenizer_config(tokenizer: Tokenizer, model: Decoder) -> dict[str, Any]:
-    """What transformers needs to make its own tokenizer of tokenizer.json."""
+def _tokenizer_config(tokenizer: Tokenizer, model: Decoder, folder: pathlib.Path) -> dict[str, Any]:
+    """What transformers needs to make its own tokenizer of tokenizer.json, over what the folder's file says already."""
     ids = generation_config_to_json(model.generation_config)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.max_position_embeddings}
+    if exists(folder / _TOKENIZER_CONFIG):
+        config |= read_json(folder / _TOKENIZER_CONFIG, "tokenizer config", doing="saving a tokenizer")
     for name in ("bos", "eos", "pad"):
         value = ids.get(f"{name}_token_id")
         token = None if value is None else tokenizer.id_to_token(value[0] if isinstance(value, list) else value)

@@ -1,5 +1,6 @@
 """Models from configs: which families there are, random weights, and the same weights run otherwise."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,19 +81,15 @@ def with_options(
 ) -> Decoder:
     """The same weights, run otherwise. `execution=None` picks the dropless one for this platform."""
     refuse_mesh(mesh)
+    chosen = resolve(execution)
     places = [i for i, layer in enumerate(model.layers) if layer.moe is not None]
     if not places:
         return model
-    chosen = resolve(execution)
     return eqx.tree_at(
         lambda m: [m.layers[i].moe for i in places],
         model,
-        [_run_by(model.layers[i].moe, chosen) for i in places],
+        replace_fn=lambda moe: dataclasses.replace(moe, execution=chosen),
     )
-
-
-def _run_by(moe, execution: AbstractExecution):
-    return type(moe)(router=moe.router, experts=moe.experts, execution=execution, jitter=moe.jitter)
 
 
 def refuse_mesh(mesh: Mesh | None) -> None:

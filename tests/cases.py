@@ -87,6 +87,7 @@ MIXTRAL = [
     _case("mixtral", "dynamic-short", rope_parameters=DYNAMIC),
     _case("mixtral", "dynamic-long", rope_parameters=DYNAMIC, max_position_embeddings=23),
     _case("mixtral", "linear-all-experts", rope_parameters=LINEAR, num_experts_per_tok=5, intermediate_size=36),
+    _case("mixtral", "llama3", rope_parameters=LLAMA3, sliding_window=13),
 ]
 LLAMA = [
     _case("llama", "plain"),
@@ -98,6 +99,7 @@ LLAMA = [
     _case("llama", "yarn-full", rope_parameters=YARN_FULL, attention_bias=True),
     _case("llama", "longrope-long", rope_parameters=LONGROPE, mlp_bias=True, packed=True),
     _case("llama", "longrope-short", rope_parameters=LONGROPE, length=20, num_key_value_heads=4),
+    _case("llama", "dynamic-short", rope_parameters=DYNAMIC),
 ]
 MISTRAL = [
     _case("mistral", "window", sliding_window=9),
@@ -109,6 +111,8 @@ MISTRAL = [
     _case("mistral", "window-one", sliding_window=1, rope_parameters=LINEAR),
     _case("mistral", "dynamic-long", sliding_window=19, rope_parameters=DYNAMIC, max_position_embeddings=23),
     _case("mistral", "longrope-long", sliding_window=None, rope_parameters=LONGROPE, packed=True),
+    _case("mistral", "dynamic-short", rope_parameters=DYNAMIC, sliding_window=9),
+    _case("mistral", "longrope-short", rope_parameters=LONGROPE, length=19, sliding_window=9),
 ]
 QWEN2 = [
     _case("qwen2", "plain"),
@@ -122,6 +126,9 @@ QWEN2 = [
     _case("qwen2", "dynamic-long", rope_parameters=DYNAMIC, max_position_embeddings=23),
     _case("qwen2", "linear", rope_parameters=LINEAR, head_dim=6),
     _case("qwen2", "longrope-long", rope_parameters=LONGROPE, packed=True),
+    _case("qwen2", "llama3", rope_parameters=LLAMA3),
+    _case("qwen2", "dynamic-short", rope_parameters=DYNAMIC),
+    _case("qwen2", "longrope-short", rope_parameters=LONGROPE, length=19),
 ]  # fmt: skip
 QWEN3 = [
     _case("qwen3", "plain"),
@@ -134,9 +141,11 @@ QWEN3 = [
     _case("qwen3", "dynamic-long", rope_parameters=DYNAMIC, max_position_embeddings=23, head_dim=6),
     _case("qwen3", "linear", rope_parameters=LINEAR, num_hidden_layers=3),
     _case("qwen3", "longrope-long", rope_parameters=LONGROPE, packed=True),
+    _case("qwen3", "dynamic-short", rope_parameters=DYNAMIC),
+    _case("qwen3", "longrope-short", rope_parameters=LONGROPE, length=19),
 ]  # fmt: skip
 
 CASES = [*MIXTRAL, *LLAMA, *MISTRAL, *QWEN2, *QWEN3]
 
 #: One or two per family, for properties that do not depend on every switch.
-FEW = [MIXTRAL[3], MIXTRAL[6], LLAMA[2], MISTRAL[0], QWEN2[4], QWEN3[1]]
+FEW = [MIXTRAL[3], MIXTRAL[6], MIXTRAL[9], LLAMA[2], MISTRAL[0], QWEN2[4], QWEN3[1]]

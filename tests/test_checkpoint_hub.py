@@ -164,3 +164,16 @@ def test_name_tables_fit_their_models(case):
     config = case.parsed
     for names in family_of(config).names(config).values():
         plan(names, leaf_paths(skeleton(config)))
+
+
+def test_saving_keeps_what_else_the_tokenizer_config_says(tmp_path):
+    """Above all a chat template: the folder may be the one that the model was loaded from."""
+    model = eqx_moe.init(PLAIN.parsed, key=jax.random.key(0))
+    vocab = {f"w{i}": i for i in range(53)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w0"))
+    said = {"chat_template": "{{ messages }}", "tokenizer_class": "LlamaTokenizerFast", "eos_token": "old"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    eqx_moe.save_pretrained(model, tmp_path, tokenizer=tokenizer)
+    found = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert found["chat_template"] == said["chat_template"] and found["tokenizer_class"] == said["tokenizer_class"]
+    assert (found["bos_token"], found["eos_token"]) == ("w1", "w2")

@@ -12,7 +12,7 @@ import eqx_moe
 from eqx_moe.execution import Dense, Grouped, Routing, resolve
 from eqx_moe.kernels.grouped_matmul import grouped_matmul, grouped_matmul_oracle
 from eqx_moe.nn.experts import Experts
-from eqx_moe.nn.moe import load_balancing_loss
+from eqx_moe.nn.moe import LayerRouting, RouterStats, load_balancing_loss
 from eqx_moe.nn.router import SoftmaxTopKRouter
 
 # (rows, groups, in, out): few rows, one group, more groups than rows, sizes that divide nothing.
@@ -152,6 +152,31 @@ def test_load_balancing_loss_by_hand():
     assert load_balancing_loss((uniform,), 2, jnp.zeros(2, bool)) == 0
 
 
+def test_router_stats_by_hand():
+    """Three tokens count, the fourth is padding."""
+    probabilities = jnp.asarray([[0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.1, 0.1], [1.0, 0, 0, 0]])
+    routing = LayerRouting(
+        logits=jnp.log(jnp.maximum(probabilities, 1e-9)),
+        choices=jnp.asarray([[0, 1], [0, 1], [0, 2], [3, 2]]),
+        weights=jnp.full((4, 2), 0.5),
+        drops=jnp.zeros((), jnp.int32),
+    )
+    stats = RouterStats(routing, jnp.asarray([True, True, True, False]))
+    assert stats.tokens_per_expert.tolist() == [3, 2, 1, 0]
+    skewed = -(0.7 * np.log(0.7) + 0.3 * np.log(0.1))
+    np.testing.assert_allclose(stats.entropy, (2 * skewed + np.log(4)) / 3, rtol=1e-5)
+    np.testing.assert_allclose(stats.max_violation, 3 / (6 / 4) - 1, rtol=1e-6)
+    nobody = RouterStats(routing, jnp.zeros(4, bool))
+    assert (nobody.tokens_per_expert.sum(), nobody.entropy, nobody.max_violation) == (0, 0, 0)
+
+
+def test_load_balancing_loss_is_float32_under_x64():
+    with jax.enable_x64(True):
+        logits = jnp.zeros((3, 4), jnp.float32)
+        assert load_balancing_loss((logits,), 2).dtype == jnp.float32
+        assert load_balancing_loss((logits,), 2, jnp.ones(3, bool)).dtype == jnp.float32
+
+
 def test_names_and_objects():
     assert resolve(None) == Grouped() and resolve("dense") == Dense() and resolve(Grouped()) == Grouped()
     with pytest.raises(ValueError, match=r"\['dense', 'grouped'\]; got 'magic'"):
@@ -161,3 +186,5 @@ def test_names_and_objects():
     )
     dense = eqx_moe.init(config, key=jax.random.key(0))
     assert eqx_moe.with_options(dense, execution="dense") is dense
+    with pytest.raises(ValueError, match="got 'magic'"):
+        eqx_moe.with_options(dense, execution="magic")

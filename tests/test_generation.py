@@ -114,12 +114,24 @@ def test_refused(model, options, message):
 
 @pytest.mark.parametrize(
     ("prompts", "message"),
-    [([[1.5]], "list of token ids"), ([["a"]], "list of token ids"), (jnp.ones((2, 3)), "array of token ids")],
+    [
+        (np.zeros((3, 0), int), "prompt 0 is empty"),
+        (np.zeros((0, 4), int), "at least one prompt"),
+        ([[1.5]], "list of token ids"),
+        ([["a"]], "list of token ids"),
+        (jnp.ones((2, 3)), "array of token ids"),
+    ],
 )
 def test_what_is_no_token_id(model, prompts, message):
     """Below the public functions, whose types are checked before they could say it."""
     with pytest.raises(ValueError, match=message):
         decode._checked(model, prompts, 4)
+
+
+def test_counts_are_integers(model):
+    for bad in (3.5, True):
+        with pytest.raises(ValueError, match=f"`max_new_tokens` must be an integer; got {bad}"):
+            decode._checked(model, [[1]], bad)
 
 
 def test_a_prompt_may_fill_all_positions(model):

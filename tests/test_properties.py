@@ -63,6 +63,8 @@ def test_shapes(case, model, tokens, full):
     sparse = case.config["num_hidden_layers"] if case.model_type == "mixtral" else 0
     assert [len(field) for field in (out.router.logits, out.router.choices, out.router.drops)] == [sparse] * 3
     if sparse:
+        assert len(out.router.stats) == sparse
+        assert out.router.stats[0].tokens_per_expert.shape == (case.config["num_local_experts"],)
         assert out.router.logits[0].shape == (3, 23, case.config["num_local_experts"])
         assert out.router.choices[0].shape == (3, 23, case.config["num_experts_per_tok"])
 
@@ -159,6 +161,15 @@ def test_a_full_cache_is_an_error_and_under_jit_nan():
     with pytest.raises(ValueError, match="holds 5 places, 3 of them filled; got 3 more"):
         model.forward(tokens, cache=cache)
     assert jnp.isnan(step(model, tokens, cache)[0]).all()
+
+
+def test_no_tokens_and_a_cache_of_other_rows_are_errors():
+    model = noisy(PLAIN)
+    for shape in ((0,), (2, 0), (0, 5)):
+        with pytest.raises(ValueError, match=r"at least one token; got an array of shape \("):
+            model(jnp.zeros(shape, int))
+    with pytest.raises(ValueError, match="`cache` is for 3 rows; got 2 rows"):
+        model.forward(jnp.ones((2, 4), int), cache=model.init_cache(3, 9))
 
 
 def test_jitter_needs_a_key_and_changes_routing_inputs():

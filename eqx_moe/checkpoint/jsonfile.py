@@ -16,6 +16,7 @@ _KINDS = {
     "generation config": ("CFG", 8_000_000),
     "index": ("IDX", 100_000_000),
     "tokenizer": ("TOK", 512_000_000),
+    "tokenizer config": ("TOK", 8_000_000),
 }
 _MAX_DEPTH = 64
 _MAX_DIGITS = 20  # 2**64 - 1 has twenty.

@@ -99,13 +99,16 @@ def stream(
     return ids()
 
 
-def _checked(model: Decoder, prompts: Any, max_new_tokens: int) -> list[np.ndarray]:
+def _checked(model: Decoder, prompts: Any, max_new_tokens: Any) -> list[np.ndarray]:
     if isinstance(prompts, (jax.Array, np.ndarray)):
         if prompts.ndim < 1 or not np.issubdtype(prompts.dtype, np.integer):
             raise ValueError(
                 f"`prompts` must be an array of token ids [*batch, seq]; got {prompts.dtype}{prompts.shape}."
             )
-        prompts = list(np.asarray(prompts).reshape(-1, prompts.shape[-1]))
+        rows = int(np.prod(prompts.shape[:-1]))
+        prompts = list(np.asarray(prompts).reshape(rows, prompts.shape[-1]))
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, (int, np.integer)):
+        raise ValueError(f"`max_new_tokens` must be an integer; got {max_new_tokens!r}.")
     if max_new_tokens < 1:
         raise ValueError(f"`max_new_tokens` must be at least 1; got {max_new_tokens}.")
     if len(prompts) == 0:

@@ -17,8 +17,8 @@ class Sampling(eqx.Module):
         """Temperature 0 is greedy, and then the other two say nothing."""
         if not 0 <= temperature < float("inf"):
             raise ValueError(f"`temperature` must be finite and at least 0 (0 is greedy); got {temperature}.")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"`top_k` must be None or at least 1; got {top_k}.")
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"`top_k` must be None or an integer, at least 1; got {top_k!r}.")
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"`top_p` must be None or in (0, 1]; got {top_p}.")
         greedy = temperature == 0

@@ -14,7 +14,7 @@ from eqx_moe.nn.cache import Cache, LayerCache
 from eqx_moe.nn.embedding import Embedding
 from eqx_moe.nn.linear import Linear
 from eqx_moe.nn.mlp import MLP
-from eqx_moe.nn.moe import LayerRouting, MoE
+from eqx_moe.nn.moe import LayerRouting, MoE, RouterStats
 from eqx_moe.nn.norm import RMSNorm
 from eqx_moe.nn.rope import AbstractRope
 
@@ -26,6 +26,7 @@ class RouterOutput(eqx.Module):
     choices: tuple[Int[Array, "*batch seq k"], ...]
     weights: tuple[Float[Array, "*batch seq k"], ...]
     drops: tuple[Int[Array, ""], ...]
+    stats: tuple[RouterStats, ...]
 
 
 class Output(eqx.Module):
@@ -113,8 +114,12 @@ class Decoder(eqx.Module):
             key: given in training only; the router's jitter draws from it.
         """
         _refuse_bad_ids(tokens, self.embed.weight.shape[0])
+        if tokens.size == 0:
+            raise ValueError(f"`tokens` must hold at least one token; got an array of shape {tokens.shape}.")
         shape = tokens.shape
         tokens = tokens.reshape(-1, shape[-1])
+        if cache is not None and cache.segments.shape[0] != tokens.shape[0]:
+            raise ValueError(f"`cache` is for {cache.segments.shape[0]} rows; got {tokens.shape[0]} rows of tokens.")
         if segment_ids is not None:
             segment_ids = segment_ids.reshape(tokens.shape)
         rows, default_positions, lengths = _rows(tokens, segment_ids, cache)
@@ -145,6 +150,7 @@ class Decoder(eqx.Module):
                 choices=tuple(routing.choices.reshape(*shape, -1) for routing in routings),
                 weights=tuple(routing.weights.reshape(*shape, -1) for routing in routings),
                 drops=tuple(routing.drops for routing in routings),
+                stats=tuple(RouterStats(routing, rows.segments.reshape(-1) != 0) for routing in routings),
             ),
         )
 
@@ -154,7 +160,11 @@ class Decoder(eqx.Module):
         return jnp.einsum("...h,vh->...v", hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `batch` rows of at most `length` places, in the dtype of the embedding."""
+        """An empty cache for `batch` rows of at most `length` places, in the dtype of the embedding.
+
+        Rotary embeddings that go by a row's length take it from `cache.lengths`, which starts as `length` for every
+        row: with them, make the cache as long as the rows will be, or set `lengths` to what they will be.
+        """
         shapes = tuple((layer.attention.kv_heads, layer.attention.head_dim) for layer in self.layers)
         return Cache(shapes, batch, length, self.embed.weight.dtype)
 
@@ -185,7 +195,7 @@ def _rows(tokens, segment_ids, cache: Cache | None):
 
 
 def _refuse_bad_ids(tokens, vocab: int) -> None:
-    if isinstance(tokens, Tracer) or tokens.size == 0:
+    if isinstance(tokens, Tracer) or tokens.size == 0:  # `forward` refuses no tokens at all
         return
     ids = np.asarray(tokens)  # concrete even where a trace goes on around it
     low, high = int(ids.min()), int(ids.max())

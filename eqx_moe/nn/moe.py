@@ -43,6 +43,30 @@ class MoE(eqx.Module):
         return y, LayerRouting(logits=logits, choices=routing.experts, weights=routing.weights, drops=drops)
 
 
+class RouterStats(eqx.Module):
+    """How one MoE block's experts were used; padding counts nowhere, and without any other token all is zero.
+
+    `entropy` is the mean, over tokens, of the entropy of the softmax over all experts, in nats. `max_violation` is the
+    largest load divided by the mean load, less one: 0 when all experts are equally busy (Wang et al. 2024, 4.1).
+    """
+
+    tokens_per_expert: Int[Array, " experts"]
+    entropy: Float32[Array, ""]
+    max_violation: Float32[Array, ""]
+
+    def __init__(self, routing: LayerRouting, mask: Bool[Array, " tokens"]):
+        experts, k = routing.logits.shape[-1], routing.choices.shape[-1]
+        load = jnp.zeros(experts, jnp.int32).at[routing.choices].add(mask[:, None].astype(jnp.int32))
+        tokens = jnp.sum(mask, dtype=jnp.int32)
+        logs = jax.nn.log_softmax(routing.logits, axis=-1)
+        each = -jnp.sum(jnp.exp(logs) * logs, axis=-1)
+        some = jnp.maximum(tokens, 1).astype(jnp.float32)
+        self.tokens_per_expert = load
+        self.entropy = jnp.sum(jnp.where(mask, each, 0.0)) / some
+        violation = jnp.max(load).astype(jnp.float32) * experts / (some * k) - 1
+        self.max_violation = jnp.where(tokens > 0, violation, 0.0)
+
+
 def load_balancing_loss(
     logits: tuple[Float32[Array, "*tokens experts"], ...], k: int, mask: Bool[Array, "*tokens"] | None = None
 ) -> Float32[Array, ""]:
@@ -54,10 +78,10 @@ def load_balancing_loss(
     """
     experts = logits[0].shape[-1]
     pooled = jnp.stack([layer.reshape(-1, experts) for layer in logits])
-    counts = jnp.ones(pooled.shape[1]) if mask is None else mask.reshape(-1).astype(jnp.float32)
+    counts = jnp.ones(pooled.shape[1], jnp.float32) if mask is None else mask.reshape(-1).astype(jnp.float32)
     probabilities = jax.nn.softmax(pooled, axis=-1)
     _, chosen = jax.lax.top_k(probabilities, k)
-    hits = jnp.sum(jax.nn.one_hot(chosen, experts), axis=-2)
+    hits = jnp.sum(jax.nn.one_hot(chosen, experts, dtype=jnp.float32), axis=-2)
     total = jnp.maximum(len(logits) * jnp.sum(counts), 1.0)
     share = jnp.einsum("lte,t->e", hits, counts) / total
     mean = jnp.einsum("lte,t->e", probabilities, counts) / total
