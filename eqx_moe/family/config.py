@@ -221,16 +221,15 @@ def fields_from_json(
     for alias, key in aliases.items():
         if alias in data:
             value = data.pop(alias)
-            if data.setdefault(key, value) != value:
-                raise ConfigError(alias, f"equal to {key} ({data[key]!r})", value)
+            _agree(data.setdefault(key, value), value, alias, key)
     rope = _rope_json(data, default_theta)
     spellings = [
         value.removeprefix("torch.") if isinstance(value, str) else value
         for value in (data.get("dtype"), data.get("torch_dtype"))
         if value is not None
     ]
-    if len(spellings) == 2 and spellings[0] != spellings[1]:
-        raise ConfigError("torch_dtype", f"equal to dtype ({spellings[0]!r})", spellings[1])
+    if len(spellings) == 2:
+        _agree(spellings[0], spellings[1], "torch_dtype", "dtype")
     dtype = spellings[0] if spellings else None
     if data.get("quantization_config") is not None:
         raise ConfigError(
@@ -252,12 +251,18 @@ def fields_from_json(
     return values | {"rope_parameters": rope_from_json(rope), "dtype": dtype, "extra": extra}
 
 
+def _agree(found: Any, other: Any, spelled: str, proper: str) -> None:
+    """Two spellings of one thing, `proper` and `spelled`, must say the same."""
+    if found != other:
+        raise ConfigError(spelled, f"equal to {proper} ({found!r})", other)
+
+
 def _check_layer_types(data: Mapping[str, Any], values: Mapping[str, Any], config: type) -> None:
     """Families without the key have one kind of attention in all layers; a list that says otherwise would change
     results."""
-    if "layer_types" in {field.name for field in dataclasses.fields(config)} or data.get("layer_types") is None:
-        return
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    if "layer_types" in defaults or data.get("layer_types") is None:
+        return
     window, layers = ({**defaults, **values}.get(key) for key in ("sliding_window", "num_hidden_layers"))
     kind = "full_attention" if window is None else "sliding_attention"
     found = data["layer_types"]
@@ -267,10 +272,32 @@ def _check_layer_types(data: Mapping[str, Any], values: Mapping[str, Any], confi
 
 
 def _rope_json(data: dict[str, Any], default_theta: float) -> dict[str, Any]:
-    """One object out of the two dialects, which transformers 5.23 `standardize_rope_params` reads too.
+    """One rope object out of the two dialects and the keys beside them, which it takes out of `data`."""
+    rope = _one_dialect(data)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        _take_over(data, key, rope)
+    if rope.get("rope_theta") is None:
+        rope["rope_theta"] = default_theta
+    if rope.get("rope_type", "default") in ("llama3", "yarn", "longrope"):
+        # Elsewhere the key says nothing, and stays among those that are kept.
+        _take_over(data, "original_max_position_embeddings", rope)
+        rope.setdefault("original_max_position_embeddings", data.get("max_position_embeddings"))
+    return rope
 
-    There the older spelling wins in silence where both are given; here they must agree. An empty `rope_scaling` says
-    nothing.
+
+def _take_over(data: dict[str, Any], key: str, rope: dict[str, Any]) -> None:
+    """Moves a top-level key into the rope object, which must not say otherwise."""
+    value = data.pop(key, None)
+    if value is not None:
+        if rope.get(key) is not None:
+            _agree(rope[key], value, key, f"rope_parameters.{key}")
+        rope[key] = value
+
+
+def _one_dialect(data: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` (v5) or `rope_scaling` (v4), whichever is there; an empty one says nothing.
+
+    Where both are, transformers 5.23 `standardize_rope_params` takes the older in silence; here they must agree.
     """
     given: dict[str, dict[str, Any]] = {}
     for source in ("rope_scaling", "rope_parameters"):
@@ -279,41 +306,19 @@ def _rope_json(data: dict[str, Any], default_theta: float) -> dict[str, Any]:
             raise ConfigError(source, "an object or null", value)
         if value:
             given[source] = dict(value)
-            _one_spelling(given[source], "type", "rope_type", source)
-    rope = dict(given.get("rope_parameters") or given.get("rope_scaling") or {})
-    for key, value in given.get("rope_scaling", {}).items():
-        if rope.get(key) != value:
-            raise ConfigError(f"rope_scaling.{key}", f"equal to rope_parameters.{key} ({rope.get(key)!r})", value)
-    if len(given) == 2:
-        for key in sorted(set(rope) - set(given["rope_scaling"]) - {"rope_theta", "partial_rotary_factor"}):
-            if rope[key] is not None and (key, rope[key]) != ("rope_type", "default"):
-                raise ConfigError(f"rope_scaling.{key}", f"equal to rope_parameters.{key} ({rope[key]!r})", None)
-    for key in ("rope_theta", "partial_rotary_factor"):
-        value = data.pop(key, None)
-        if value is None:
-            continue
-        if rope.get(key) is not None and rope[key] != value:
-            raise ConfigError(key, f"equal to rope_parameters.{key} ({rope[key]!r})", value)
-        rope[key] = value
-    if rope.get("rope_theta") is None:
-        rope["rope_theta"] = default_theta
-    if rope.get("rope_type", "default") in ("llama3", "yarn", "longrope"):
-        # Elsewhere the key says nothing, and stays among those that are kept.
-        key = "original_max_position_embeddings"
-        original = data.pop(key, None)
-        if original is not None:
-            if rope.get(key) is not None and rope[key] != original:
-                raise ConfigError(key, f"equal to rope_parameters.{key} ({rope[key]!r})", original)
-            rope[key] = original
-        rope.setdefault(key, data.get("max_position_embeddings"))
+            if "type" in value:
+                kind = given[source].pop("type")
+                _agree(given[source].setdefault("rope_type", kind), kind, f"{source}.type", f"{source}.rope_type")
+    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    if len(given) < 2:
+        return rope
+    scaling = given["rope_scaling"]
+    for key in (*scaling, *sorted(set(rope) - set(scaling))):
+        # The older dialect has these two beside rope_scaling, and does not speak of the default kind.
+        beside = key in ("rope_theta", "partial_rotary_factor") or (key, rope.get(key)) == ("rope_type", "default")
+        if key in scaling or not beside:
+            _agree(rope.get(key), scaling.get(key), f"rope_scaling.{key}", f"rope_parameters.{key}")
     return rope
-
-
-def _one_spelling(rope: dict[str, Any], alias: str, key: str, where: str) -> None:
-    if alias in rope:
-        value = rope.pop(alias)
-        if rope.setdefault(key, value) != value:
-            raise ConfigError(f"{where}.{alias}", f"equal to {where}.{key} ({rope[key]!r})", value)
 
 
 def to_json(config: Any, model_type: str, architecture: str, dtype: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Prompts are padded on the left to a common length, so that all rows decode at th
 segment 0 and nobody sees it. Lengths are rounded up to buckets, so that few shapes compile.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -105,8 +106,8 @@ def _checked(model: Decoder, prompts: Any, max_new_tokens: Any) -> list[np.ndarr
             raise ValueError(
                 f"`prompts` must be an array of token ids [*batch, seq]; got {prompts.dtype}{prompts.shape}."
             )
-        rows = int(np.prod(prompts.shape[:-1]))
-        prompts = list(np.asarray(prompts).reshape(rows, prompts.shape[-1]))
+        # Not reshape(-1, ...): of an array without entries it could not tell how many rows there are.
+        prompts = list(np.asarray(prompts).reshape(math.prod(prompts.shape[:-1]), prompts.shape[-1]))
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, (int, np.integer)):
         raise ValueError(f"`max_new_tokens` must be an integer; got {max_new_tokens!r}.")
     if max_new_tokens < 1:

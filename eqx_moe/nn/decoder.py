@@ -113,9 +113,9 @@ class Decoder(eqx.Module):
                 they do not fit; under jit the hidden states are then NaN.
             key: given in training only; the router's jitter draws from it.
         """
-        _refuse_bad_ids(tokens, self.embed.weight.shape[0])
         if tokens.size == 0:
             raise ValueError(f"`tokens` must hold at least one token; got an array of shape {tokens.shape}.")
+        _refuse_bad_ids(tokens, self.embed.weight.shape[0])
         shape = tokens.shape
         tokens = tokens.reshape(-1, shape[-1])
         if cache is not None and cache.segments.shape[0] != tokens.shape[0]:
@@ -195,7 +195,7 @@ def _rows(tokens, segment_ids, cache: Cache | None):
 
 
 def _refuse_bad_ids(tokens, vocab: int) -> None:
-    if isinstance(tokens, Tracer) or tokens.size == 0:  # `forward` refuses no tokens at all
+    if isinstance(tokens, Tracer):
         return
     ids = np.asarray(tokens)  # concrete even where a trace goes on around it
     low, high = int(ids.min()), int(ids.max())
