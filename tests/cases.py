@@ -1,5 +1,4 @@
-"""The configs that every family is tried with: at least eight each, as config.json objects, with sizes that all
-differ."""
+"""The configs that every family is tried with, at least eight each, with sizes that all differ."""
 
 import dataclasses
 from typing import Any
@@ -51,8 +50,7 @@ class Case:
 
     @property
     def generation(self) -> tuple[int, int]:
-        """A prompt length and a number of new tokens such that transformers keeps its rotary frequencies all the
-        way."""
+        """A prompt length and a number of new tokens over which transformers keeps its rotary frequencies."""
         positions = self.config["max_position_embeddings"]
         rope = self.config.get("rope_parameters", {})
         if rope.get("rope_type") == "longrope":

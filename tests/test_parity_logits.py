@@ -116,8 +116,7 @@ def test_both_dialects_of_the_rope_keys(written, tmp_path):
 
 
 def test_loss_with_router_losses(tmp_path):
-    """`train.loss` is transformers' loss: next-token cross-entropy plus the load-balancing loss, padding counted
-    nowhere."""
+    """`train.loss` is transformers': cross-entropy plus the load-balancing loss, padding counted nowhere."""
     case = next(case for case in CASES if str(case) == "mixtral-plain")
     theirs = reference(case)
     theirs.config.output_router_logits = True

@@ -1,5 +1,4 @@
-"""What holds for every family, whatever its parts: rows do not touch each other, caches change nothing, strategies
-agree."""
+"""What holds for every family: rows do not touch each other, caches change nothing, strategies agree."""
 
 import dataclasses
 

@@ -38,8 +38,7 @@ class ExpertFunction(Protocol):
 
 
 class AbstractExecution(abc.ABC):
-    """A way to run the experts. Final subclasses are frozen dataclasses of their options: hashable, and without
-    arrays."""
+    """A way to run the experts. Final subclasses are frozen dataclasses of their options, without arrays."""
 
     @abc.abstractmethod
     def __call__(

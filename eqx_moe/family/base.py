@@ -82,8 +82,7 @@ def decoder(
     dtype: DTypeLike,
     key: PRNGKeyArray,
 ) -> Decoder:
-    """A pre-norm decoder of blocks whose parts the family picks, layer by layer. Weights are normal(0,
-    initializer_range)."""
+    """A pre-norm decoder whose parts the family picks layer by layer; weights are normal(0, initializer_range)."""
     embed_key, head_key, layers_key = jax.random.split(key, 3)
     std = config.initializer_range
     layers = []

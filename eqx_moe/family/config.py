@@ -77,8 +77,7 @@ class RopeParameters:
 
 
 def typed(key: str, value: Any, hint: Any) -> Any:
-    """`value` as the type that a field is annotated with, or a `ConfigError`. Integers pass as floats, nothing else
-    converts."""
+    """`value` as the type of its field's annotation, or a `ConfigError`. Only integers convert, to floats."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, hint):
         return value
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -131,8 +130,7 @@ def rope_from_json(value: dict[str, Any]) -> RopeParameters:
 
 
 def check_common(config: Any) -> None:
-    """What holds for every family: sizes in range, heads that share evenly, ids inside the vocabulary, nothing
-    unimplemented."""
+    """What holds for every family: sizes in range, heads shared evenly, ids in the vocabulary, all implemented."""
     if config.num_key_value_heads is None:
         object.__setattr__(config, "num_key_value_heads", config.num_attention_heads)
     check_types(config)
@@ -258,8 +256,7 @@ def _agree(found: Any, other: Any, spelled: str, proper: str) -> None:
 
 
 def _check_layer_types(data: Mapping[str, Any], values: Mapping[str, Any], config: type) -> None:
-    """Families without the key have one kind of attention in all layers; a list that says otherwise would change
-    results."""
+    """Families without the key have one kind of attention; a list that says otherwise would change results."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     if "layer_types" in defaults or data.get("layer_types") is None:
         return

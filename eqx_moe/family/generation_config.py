@@ -12,8 +12,7 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """Special ids under their json names. Sampling settings are kept in `extra`: `generate` takes them from its call
-    only."""
+    """Special ids under their json names. `extra` keeps sampling settings, which `generate` takes from its call."""
 
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()

@@ -42,8 +42,7 @@ def choose(logits: Float[Array, "batch vocab"], sampling: Sampling, keys: Key[Ar
 
 
 def _kept(logits: Float[Array, "batch vocab"], sampling: Sampling) -> Bool[Array, "batch vocab"]:
-    """Which tokens top-k and top-p leave. The most probable one always stays, and of equals the lower id comes
-    first."""
+    """Which tokens top-k and top-p leave. The most probable always stays; of equals the lower id comes first."""
     order = jnp.argsort(-logits, axis=-1, stable=True)
     ordered = jnp.take_along_axis(logits, order, axis=-1)
     kept = jnp.ones(logits.shape, bool)

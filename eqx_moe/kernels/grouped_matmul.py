@@ -20,8 +20,7 @@ _MAX_TILE = 256
 def grouped_matmul_oracle(
     x: Float[Array, "rows in"], weight: Float[Array, "groups out in"], sizes: Int[Array, " groups"]
 ) -> Float[Array, "rows out"]:
-    """What `grouped_matmul` computes, by multiplying every row with every matrix. Slow; the definition to test
-    against."""
+    """What `grouped_matmul` computes, every row times every matrix. Slow; the definition to test against."""
     ends = jnp.cumsum(sizes)
     row = jnp.arange(x.shape[0])[:, None]
     mine = (row >= ends - sizes) & (row < ends)
@@ -60,15 +59,13 @@ _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
 def _tile_rows(rows: int, groups: int) -> int:
-    """About a quarter of the mean group, so that the tiles which two groups share stay a small part of all; a power
-    of two."""
+    """A power of two, about a quarter of the mean group: few tiles are then shared by two groups."""
     mean = max(1, rows // (4 * groups))
     return min(_MAX_TILE, 1 << (mean.bit_length() - 1))
 
 
 def _visits(sizes: Int[Array, " groups"], rows: int, tile: int):
-    """The pairs (tile, group) that meet, in order, as two int32 arrays padded to their largest possible number, and
-    how many."""
+    """The pairs (tile, group) that meet, in order and padded to their largest possible number; and how many."""
     groups = sizes.shape[0]
     ends = jnp.cumsum(sizes)
     starts = ends - sizes

@@ -1,2 +1,1 @@
-"""The parts that models are made of. They take numbers and arrays; they know no family, no file and no checkpoint's
-names."""
+"""The parts of models. They take numbers and arrays; they know no family, no file, no checkpoint's names."""

@@ -26,8 +26,7 @@ class Rows(eqx.Module):
 
 
 class Attention(eqx.Module):
-    """Query heads share key-value heads in groups (Ainslie et al. 2023); optional biases, q/k norm per head, rotary,
-    window."""
+    """Grouped-query attention (Ainslie et al. 2023); optional biases, q/k norm per head, rotary, window."""
 
     q: Linear
     k: Linear
@@ -57,8 +56,7 @@ class Attention(eqx.Module):
         dtype: DTypeLike,
         key: PRNGKeyArray,
     ):
-        """`qk_norm_eps`: None for no norm on queries and keys. A window of W holds W keys, the query's own among
-        them."""
+        """`qk_norm_eps`: None for no norm on queries and keys. A window of W holds W keys, the query's own included."""
         q_key, k_key, v_key, o_key = jax.random.split(key, 4)
         self.q = Linear(hidden, heads * head_dim, bias=qkv_bias, std=std, dtype=dtype, key=q_key)
         self.k = Linear(hidden, kv_heads * head_dim, bias=qkv_bias, std=std, dtype=dtype, key=k_key)
@@ -76,8 +74,7 @@ class Attention(eqx.Module):
         tables: tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]],
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "batch seq hidden"], LayerCache | None]:
-        """`tables` are those of `self.rope`. With a cache, writes the tokens' keys and values to it and reads all of
-        it."""
+        """`tables` are those of `self.rope`. With a cache, writes the tokens' keys and values to it and reads it all."""
         batch, seq, _ = x.shape
         q = self.q(x).reshape(batch, seq, self.heads, self.head_dim)
         k = self.k(x).reshape(batch, seq, self.kv_heads, self.head_dim)

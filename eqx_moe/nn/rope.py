@@ -117,8 +117,7 @@ class Llama3Rope(AbstractRope):
 
 @dataclasses.dataclass(frozen=True)
 class YarnRope(AbstractRope):
-    """YaRN (Peng et al. 2023, section 3): by wavelength between kept and divided by `factor`; `scale` is its
-    attention factor."""
+    """YaRN (Peng et al. 2023, section 3): slow frequencies divided by `factor`; `scale` is its attention factor."""
 
     dim: int
     theta: float

@@ -1,5 +1,4 @@
-"""Routers: they score the experts for each token and decide. What is then done with the decision is not their
-business."""
+"""Routers: they score the experts for each token and decide. What follows from it is not their business."""
 
 import abc
 

@@ -10,8 +10,7 @@ from eqx_moe.train.batch import Batch
 
 
 def next_tokens(batch: Batch) -> Int[Array, "batch seq"]:
-    """The label that each place predicts: that of the next place, or -100 where the next place is of another
-    segment."""
+    """The label that each place predicts: that of the next place, or -100 where another segment begins."""
     same = (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]) & (batch.segment_ids[:, 1:] != 0)
     labels = jnp.where(same, batch.labels[:, 1:], IGNORE)
     return jnp.pad(labels, ((0, 0), (0, 1)), constant_values=IGNORE)
