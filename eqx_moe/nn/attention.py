@@ -74,7 +74,7 @@ class Attention(eqx.Module):
         tables: tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]],
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "batch seq hidden"], LayerCache | None]:
-        """`tables` are those of `self.rope`. With a cache, writes the tokens' keys and values to it and reads it all."""
+        """`tables` are those of `self.rope`. With a cache, writes the tokens' keys and values to it and reads all."""
         batch, seq, _ = x.shape
         q = self.q(x).reshape(batch, seq, self.heads, self.head_dim)
         k = self.k(x).reshape(batch, seq, self.kv_heads, self.head_dim)
