@@ -85,7 +85,7 @@ BLOCKS = [(1, 6, 5, 4, 2), (19, 7, 11, 5, 3), (40, 5, 6, 13, 1), (33, 9, 4, 3, 3
 @eqx.filter_jit
 def _run(execution, x, weights, chosen, experts, dy):
     def value(x, weights, experts):
-        return execution(x, Routing(chosen, weights), experts)[0]
+        return execution(x[None], Routing(chosen[None], weights[None]), experts, jnp.ones((1, len(x)), bool))[0][0]
 
     out, pull = eqx.filter_vjp(value, x, weights, experts)
     return out, jax.tree.leaves(pull(dy))
@@ -110,6 +110,19 @@ def test_grouped_equals_dense_in_value_and_gradients(shape, kind, seed):
         assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("execution", [Grouped(), Dense()], ids=repr)
+def test_pairs_that_go_nowhere_add_nothing(execution, getkey):
+    """They are not run: their expert index may be anything to the matrices, and their input not even finite."""
+    experts = Experts(5, 7, 11, std=0.5, dtype="float32", key=getkey())
+    x = jax.random.normal(getkey(), (1, 4, 7)).at[0, 3].set(jnp.inf)
+    weights = jnp.full((1, 4, 2), 0.5)
+    chosen = jnp.asarray([[[0, 4], [1, 5], [5, 5], [5, 5]]])
+    y, drops = execution(x, Routing(chosen, weights), experts, jnp.asarray([[True, True, True, False]]))
+    alone, _ = execution(x[:, 1:2], Routing(chosen[:, 1:2, :1], weights[:, 1:2, :1]), experts, jnp.ones((1, 1), bool))
+    np.testing.assert_allclose(y[0, 1], alone[0, 0], rtol=1e-5, atol=1e-6)
+    assert jnp.all(y[0, 2:] == 0) and drops == 0
+
+
 def test_permuting_experts_permutes_nothing_else(getkey):
     router = SoftmaxTopKRouter(7, 5, 2, std=0.5, dtype="float32", key=getkey())
     experts = Experts(5, 7, 11, std=0.5, dtype="float32", key=getkey())
@@ -121,7 +134,8 @@ def test_permuting_experts_permutes_nothing_else(getkey):
     def run(router, experts):
         routing = router.route(router.logits(x))
         np.testing.assert_allclose(routing.weights.sum(-1), 1, rtol=1e-6)
-        return Grouped()(x, routing, experts)[0]
+        routing = Routing(routing.experts[None], routing.weights[None])
+        return Grouped()(x[None], routing, experts, jnp.ones((1, 23), bool))[0]
 
     np.testing.assert_allclose(run(router, experts), run(moved_router, moved), rtol=1e-5, atol=1e-6)
 

@@ -1,6 +1,6 @@
 """How the experts of a MoE block run: one `Routing` in, one output out, interchangeable ways between.
 
-    execution(x, routing, experts) -> [tokens, hidden], dropped pairs
+    execution(x, routing, experts, mask) -> [batch, seq, hidden], dropped pairs
 
 `"dense"` is the slow oracle, `"grouped"` the dropless way for one device.
 """

@@ -4,14 +4,18 @@ import abc
 from typing import Protocol, runtime_checkable
 
 import equinox as eqx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 class Routing(eqx.Module):
-    """Which experts each token visits, and how much each one counts. The k experts of a token are distinct."""
+    """Which experts each token visits, and how much each one counts. The k experts of a token are distinct.
 
-    experts: Int[Array, "tokens k"]
-    weights: Float[Array, "tokens k"]
+    The index `num_experts` is nowhere: such a pair (token, expert) is not run and adds nothing. Padding goes there, and
+    where experts are spread over devices, so does what another device runs.
+    """
+
+    experts: Int[Array, "*tokens k"]
+    weights: Float[Array, "*tokens k"]
 
 
 @runtime_checkable
@@ -42,10 +46,16 @@ class AbstractExecution(abc.ABC):
 
     @abc.abstractmethod
     def __call__(
-        self, x: Float[Array, "tokens hidden"], routing: Routing, experts: ExpertFunction
-    ) -> tuple[Float[Array, "tokens hidden"], Int[Array, ""]]:
+        self,
+        x: Float[Array, "batch seq hidden"],
+        routing: Routing,
+        experts: ExpertFunction,
+        mask: Bool[Array, "batch seq"],
+    ) -> tuple[Float[Array, "batch seq hidden"], Int[Array, ""]]:
         """For each token the sum of its experts' outputs times their weights, and how many (token, expert) pairs it
-        dropped.
+        dropped (those that go nowhere are not among them).
 
-        Weights multiply and sum in their own dtype (float32 from a router); the result has the dtype of `x`.
+        `routing` is of the shape [batch, seq, k]. `mask` says which tokens are no padding; the routing of the others
+        goes nowhere already. Weights multiply and sum in their own dtype (float32 from a router); the result has the
+        dtype of `x`.
         """

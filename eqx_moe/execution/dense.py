@@ -3,7 +3,7 @@
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from eqx_moe.execution.base import AbstractExecution, ExpertFunction, Routing
 
@@ -22,12 +22,19 @@ class Dense(AbstractExecution):
     """
 
     def __call__(
-        self, x: Float[Array, "tokens hidden"], routing: Routing, experts: ExpertFunction
-    ) -> tuple[Float[Array, "tokens hidden"], Int[Array, ""]]:
+        self,
+        x: Float[Array, "batch seq hidden"],
+        routing: Routing,
+        experts: ExpertFunction,
+        mask: Bool[Array, "batch seq"],
+    ) -> tuple[Float[Array, "batch seq hidden"], Int[Array, ""]]:
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])
         outputs = experts(jnp.broadcast_to(x, (experts.num_experts, *x.shape)), _every_expert)
-        chosen = routing.experts[:, :, None] == jnp.arange(experts.num_experts)
-        weights = jnp.sum(jnp.where(chosen, routing.weights[:, :, None], 0), axis=1)
+        k = routing.experts.shape[-1]
+        chosen = routing.experts.reshape(-1, k, 1) == jnp.arange(experts.num_experts)
+        weights = jnp.sum(jnp.where(chosen, routing.weights.reshape(-1, k, 1), 0), axis=1)
         # An output that is not finite must not reach a token that never chose its expert.
         outputs = jnp.where(jnp.any(chosen, axis=1).T[:, :, None], outputs, 0)
         y = jnp.einsum("te,eth->th", weights, outputs.astype(weights.dtype))
-        return y.astype(x.dtype), jnp.zeros((), jnp.int32)
+        return y.astype(x.dtype).reshape(shape), jnp.zeros((), jnp.int32)

@@ -3,7 +3,7 @@
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from eqx_moe.execution.base import AbstractExecution, ExpertFunction, Routing
 from eqx_moe.kernels.grouped_matmul import grouped_matmul
@@ -17,13 +17,19 @@ class Grouped(AbstractExecution):
     """
 
     def __call__(
-        self, x: Float[Array, "tokens hidden"], routing: Routing, experts: ExpertFunction
-    ) -> tuple[Float[Array, "tokens hidden"], Int[Array, ""]]:
-        tokens, k = routing.experts.shape
+        self,
+        x: Float[Array, "batch seq hidden"],
+        routing: Routing,
+        experts: ExpertFunction,
+        mask: Bool[Array, "batch seq"],
+    ) -> tuple[Float[Array, "batch seq hidden"], Int[Array, ""]]:
+        shape, k = x.shape, routing.experts.shape[-1]
+        x = x.reshape(-1, shape[-1])
         flat = routing.experts.reshape(-1)
         # Stable, so that an expert sees its tokens in their order and a result does not depend on the sort's whims.
+        # Pairs that go nowhere come last, past the end of all groups.
         order = jnp.argsort(flat, stable=True)
-        sizes = jnp.bincount(flat, length=experts.num_experts)
+        sizes = jnp.sum(flat[:, None] == jnp.arange(experts.num_experts), axis=0, dtype=jnp.int32)
         expert_of_row = flat[order]
 
         def linear(rows, stack, bias=None):
@@ -32,6 +38,7 @@ class Grouped(AbstractExecution):
 
         y = experts(x[order // k], linear)
         # Back to token order by a gather, so that the k summands of a token are added in the router's order.
-        back = jnp.argsort(order).reshape(tokens, k)
-        y = jnp.einsum("tk,tkh->th", routing.weights, y[back].astype(routing.weights.dtype))
-        return y.astype(x.dtype), jnp.zeros((), jnp.int32)
+        back = jnp.argsort(order).reshape(-1, k)
+        weights = jnp.where(routing.experts < experts.num_experts, routing.weights, 0).reshape(-1, k)
+        y = jnp.einsum("tk,tkh->th", weights, y[back].astype(weights.dtype))
+        return y.astype(x.dtype).reshape(shape), jnp.zeros((), jnp.int32)

@@ -64,8 +64,8 @@ class Block(eqx.Module):
         if self.moe is None:
             assert self.mlp is not None
             return x + self.mlp(normed), cache, None
-        y, routing = self.moe(normed.reshape(-1, normed.shape[-1]), key)
-        return x + y.reshape(x.shape), cache, routing
+        y, routing = self.moe(normed, rows.segments != 0, key)
+        return x + y, cache, routing
 
 
 class Decoder(eqx.Module):
@@ -150,7 +150,7 @@ class Decoder(eqx.Module):
                 choices=tuple(routing.choices.reshape(*shape, -1) for routing in routings),
                 weights=tuple(routing.weights.reshape(*shape, -1) for routing in routings),
                 drops=tuple(routing.drops for routing in routings),
-                stats=tuple(RouterStats(routing, rows.segments.reshape(-1) != 0) for routing in routings),
+                stats=tuple(RouterStats(routing, rows.segments != 0) for routing in routings),
             ),
         )
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
-from eqx_moe.execution import AbstractExecution
+from eqx_moe.execution import AbstractExecution, Routing
 from eqx_moe.nn.experts import Experts
 from eqx_moe.nn.router import AbstractRouter
 
@@ -28,9 +28,14 @@ class MoE(eqx.Module):
     jitter: float = eqx.field(static=True, default=0.0)
 
     def __call__(
-        self, x: Float[Array, "tokens hidden"], key: PRNGKeyArray | None = None
-    ) -> tuple[Float[Array, "tokens hidden"], LayerRouting]:
-        """With a key (training) the input is multiplied by uniform noise in [1 - jitter, 1 + jitter] first.
+        self,
+        x: Float[Array, "batch seq hidden"],
+        mask: Bool[Array, "batch seq"],
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "batch seq hidden"], LayerRouting]:
+        """Tokens where `mask` is False are padding: they visit no expert.
+
+        With a key (training) the input is multiplied by uniform noise in [1 - jitter, 1 + jitter] first.
 
         The experts see the noise too, as in transformers' Mixtral; in the Switch paper (Fedus et al. 2021) only the
         router does.
@@ -39,7 +44,9 @@ class MoE(eqx.Module):
             x = x * jax.random.uniform(key, x.shape, x.dtype, 1 - self.jitter, 1 + self.jitter)
         logits = self.router.logits(x)
         routing = self.router.route(logits)
-        y, drops = self.execution(x, routing, self.experts)
+        # Padding goes nowhere: it costs no work and takes no capacity.
+        visits = jnp.where(mask[:, :, None], routing.experts, self.experts.num_experts)
+        y, drops = self.execution(x, Routing(visits, routing.weights), self.experts, mask)
         return y, LayerRouting(logits=logits, choices=routing.experts, weights=routing.weights, drops=drops)
 
 
@@ -48,15 +55,17 @@ class RouterStats(eqx.Module):
 
     `entropy` is the mean, over tokens, of the entropy of the softmax over all experts, in nats. `max_violation` is the
     largest load divided by the mean load, less one: 0 when all experts are equally busy (Wang et al. 2024, 4.1).
+    `drops` are the (token, expert) pairs that the execution left out; `tokens_per_expert` counts them too.
     """
 
     tokens_per_expert: Int[Array, " experts"]
     entropy: Float32[Array, ""]
     max_violation: Float32[Array, ""]
+    drops: Int[Array, ""]
 
-    def __init__(self, routing: LayerRouting, mask: Bool[Array, " tokens"]):
+    def __init__(self, routing: LayerRouting, mask: Bool[Array, "*tokens"]):
         experts, k = routing.logits.shape[-1], routing.choices.shape[-1]
-        load = jnp.zeros(experts, jnp.int32).at[routing.choices].add(mask[:, None].astype(jnp.int32))
+        load = jnp.zeros(experts, jnp.int32).at[routing.choices].add(mask[..., None].astype(jnp.int32))
         tokens = jnp.sum(mask, dtype=jnp.int32)
         logs = jax.nn.log_softmax(routing.logits, axis=-1)
         each = -jnp.sum(jnp.exp(logs) * logs, axis=-1)
@@ -65,6 +74,7 @@ class RouterStats(eqx.Module):
         self.entropy = jnp.sum(jnp.where(mask, each, 0.0)) / some
         violation = jnp.max(load).astype(jnp.float32) * experts / (some * k) - 1
         self.max_violation = jnp.where(tokens > 0, violation, 0.0)
+        self.drops = routing.drops
 
 
 def load_balancing_loss(

@@ -20,10 +20,10 @@ class AbstractRouter(eqx.Module):
     k: eqx.AbstractVar[int]
 
     @abc.abstractmethod
-    def logits(self, x: Float[Array, "tokens hidden"]) -> Float32[Array, "tokens experts"]: ...
+    def logits(self, x: Float[Array, "*tokens hidden"]) -> Float32[Array, "*tokens experts"]: ...
 
     @abc.abstractmethod
-    def route(self, logits: Float32[Array, "tokens experts"]) -> Routing: ...
+    def route(self, logits: Float32[Array, "*tokens experts"]) -> Routing: ...
 
 
 class SoftmaxTopKRouter(AbstractRouter):
@@ -42,9 +42,9 @@ class SoftmaxTopKRouter(AbstractRouter):
         self.weight = std * jax.random.normal(key, (experts, hidden), dtype)
         self.k = k
 
-    def logits(self, x: Float[Array, "tokens hidden"]) -> Float32[Array, "tokens experts"]:
-        return jnp.einsum("th,eh->te", x, self.weight.astype(x.dtype), preferred_element_type=jnp.float32)
+    def logits(self, x: Float[Array, "*tokens hidden"]) -> Float32[Array, "*tokens experts"]:
+        return jnp.einsum("...h,eh->...e", x, self.weight.astype(x.dtype), preferred_element_type=jnp.float32)
 
-    def route(self, logits: Float32[Array, "tokens experts"]) -> Routing:
+    def route(self, logits: Float32[Array, "*tokens experts"]) -> Routing:
         weights, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.k)
         return Routing(experts=experts, weights=weights / jnp.sum(weights, axis=-1, keepdims=True))
