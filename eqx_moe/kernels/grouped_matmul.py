@@ -1,20 +1,35 @@
 """Rows sorted by group, each multiplied with the matrix of its group.
 
-`grouped_matmul` visits the pairs (tile of rows, group) that really meet, so that the work grows with the rows and not
-with the number of groups. It has one custom VJP for its three contractions, because differentiating through the loop
-would keep a copy of every matrix that the loop visited.
+One custom VJP for the three contractions: the product, the gradient of its rows (the same with the matrices transposed)
+and the gradient of the matrices. Each is a batched product over all groups, with as many slots for a group as a mean
+group has rows and a little more, and then a loop over what did not fit, a window of rows at a time. So no matrix is
+copied but for the overflow, the work grows with the rows and not with the groups, and a group that takes all rows costs
+about as much as groups of equal size. Few rows take another way: one at a time, which reads no matrix but theirs.
+
+`jax.lax.ragged_dot` takes the place of both where its lowering is native: on TPU. On CPU it multiplies every row with
+every matrix, and on CUDA it does so too unless an XLA flag is set (jax 0.10 to 0.12).
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-# Rows of one tile at most: enough to use the matrix units, few enough that partly filled tiles cost little.
-_MAX_TILE = 256
+from eqx_moe.kernels.linear import row_in_parts
+
+# Rows that a visit of the overflow takes; and where fewer are left.
+_WINDOW, _FEW_LEFT = 128, 16
+
+# Up to so many rows, and up to so many for each group, go one at a time. Measured on 2 x86-64 cores, jax 0.10.2: a row
+# costs a third of a batched product with 16 slots of the same matrix.
+_FEW, _FEW_EACH = 64, 4
+
+# Rows of the loop over few rows that are written out; a thunk of XLA's CPU loops costs as much as a small row.
+_UNROLLED = 8
 
 
 def grouped_matmul_oracle(
@@ -41,7 +56,7 @@ def grouped_matmul(
 
 @jax.custom_vjp
 def _grouped(x, weight, sizes):
-    return _forward(x, weight, sizes, transpose=False)
+    return _product(x, weight, sizes, transpose=False)
 
 
 def _grouped_fwd(x, weight, sizes):
@@ -50,83 +65,198 @@ def _grouped_fwd(x, weight, sizes):
 
 def _grouped_bwd(residuals, dy):
     x, weight, sizes = residuals
-    dx = _forward(dy, weight, sizes, transpose=True).astype(x.dtype)
-    dweight = _weight_gradient(x, dy, sizes).astype(weight.dtype)
-    return dx, dweight, np.zeros(sizes.shape, jax.dtypes.float0)
+    dx = _product(dy, weight, sizes, transpose=True).astype(x.dtype)
+    return dx, _weight_gradient(x, dy, sizes).astype(weight.dtype), np.zeros(sizes.shape, jax.dtypes.float0)
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
-def _tile_rows(rows: int, groups: int) -> int:
-    """A power of two, about a quarter of the mean group: few tiles are then shared by two groups."""
-    mean = max(1, rows // (4 * groups))
-    return min(_MAX_TILE, 1 << (mean.bit_length() - 1))
-
-
-def _visits(sizes: Int[Array, " groups"], rows: int, tile: int):
-    """The pairs (tile, group) that meet, in order and padded to their largest possible number; and how many."""
-    groups = sizes.shape[0]
-    ends = jnp.cumsum(sizes)
-    starts = ends - sizes
-    tiles_of = jnp.where(sizes > 0, (ends - 1) // tile - starts // tile + 1, 0)
-    last = jnp.cumsum(tiles_of)
-    visit = jnp.arange(-(-rows // tile) + groups)
-    group = jnp.minimum(jnp.searchsorted(last, visit, side="right"), groups - 1)
-    position = visit - (last - tiles_of)[group]
-    return (starts // tile)[group] + position, group, last[-1], starts, ends
-
-
-def _rows_of(tile_index, tile: int, start, end) -> Bool[Array, "tile 1"]:
-    row = tile_index * tile + jnp.arange(tile)[:, None]
-    return (row >= start) & (row < end)
-
-
-def _pad_rows(x, tile: int):
-    return jnp.pad(x, ((0, -x.shape[0] % tile), (0, 0)))
-
-
 @functools.partial(jax.jit, static_argnames="transpose")
-def _forward(x, weight, sizes, *, transpose: bool):
-    """Rows times their group's matrix, or (for the input gradient) times its transpose."""
-    rows = x.shape[0]
-    tile = _tile_rows(rows, weight.shape[0])
-    tile_of, group_of, visits, starts, ends = _visits(sizes, rows, tile)
-    x = _pad_rows(x, tile)
-    contract = 0 if transpose else 1
-    out = jnp.zeros((x.shape[0], weight.shape[2 if transpose else 1]), jnp.result_type(x, weight))
+def _product(x, weight, sizes, *, transpose: bool):
+    """Rows times their group's matrix, or (for the gradient of rows) times its transpose."""
+    few = not transpose and x.shape[0] <= min(_FEW, _FEW_EACH * weight.shape[0])
+    portable = _row_by_row if few else functools.partial(_batched, transpose=transpose)
+    native = functools.partial(_ragged_dot, transpose=transpose)
+    return lax.platform_dependent(x, weight, sizes, tpu=native, default=portable)
 
-    def visit(i, out):
-        at, group = tile_of[i], group_of[i]
-        block = lax.dynamic_slice_in_dim(x, at * tile, tile)
-        matrix = lax.dynamic_index_in_dim(weight, group, keepdims=False)
-        product = lax.dot_general(
-            block, matrix, (((1,), (contract,)), ((), ())), preferred_element_type=jnp.float32
-        ).astype(out.dtype)
-        before = lax.dynamic_slice_in_dim(out, at * tile, tile)
-        mine = _rows_of(at, tile, starts[group], ends[group])
-        return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, product, before), at * tile, axis=0)
 
-    return lax.fori_loop(0, visits, visit, out)[:rows].astype(x.dtype)
+def _multiply(rows, matrix, transpose: bool):
+    """[..., rows, in] x [..., out, in] -> [..., rows, out], or with the transposed matrix; accumulated in float32."""
+    batch = tuple(range(matrix.ndim - 2))
+    contract = matrix.ndim - (2 if transpose else 1)
+    numbers = (((rows.ndim - 1,), (contract,)), (batch, batch))
+    return lax.dot_general(rows, matrix, numbers, preferred_element_type=jnp.float32).astype(rows.dtype)
+
+
+def _ragged_dot(x, weight, sizes, *, transpose: bool):
+    """XLA's own. Its rows past the groups are zero or not written, as the lowering has it."""
+    y = lax.ragged_dot(x, weight if transpose else weight.swapaxes(1, 2), sizes, preferred_element_type=jnp.float32)
+    return jnp.where(jnp.arange(x.shape[0])[:, None] < jnp.sum(sizes), y, 0).astype(x.dtype)
+
+
+def _one_row(x, weight, row, group):
+    """The product of one row and the matrix of its group, [1, out]."""
+
+    def columns(start, size):
+        return lax.dynamic_slice(weight, (group, 0, start), (1, weight.shape[1], size))[0]
+
+    return row_in_parts(lax.dynamic_slice_in_dim(x, row, 1), columns)
+
+
+def _row_by_row(x, weight, sizes):
+    """One row at a time: XLA's CPU back end then multiplies from where the matrix lies, at the speed of memory.
+
+    Rows of one group follow each other, so that a matrix is read from memory once and from the cache after that.
+    """
+    rows, out_size = x.shape[0], weight.shape[1]
+    ends = jnp.cumsum(sizes)
+    # Rows past the groups repeat the last row's matrix, which is at hand.
+    row = jnp.minimum(jnp.arange(rows), jnp.maximum(ends[-1] - 1, 0))
+    group = jnp.sum(row[:, None] >= ends, axis=1)
+
+    if rows <= _UNROLLED:
+        y = jnp.concatenate([_one_row(x, weight, r, group[r]) for r in range(rows)])
+    else:
+
+        def body(i, out):
+            start = jnp.minimum(i * _UNROLLED, rows - _UNROLLED)
+            block = jnp.concatenate([_one_row(x, weight, start + r, group[start + r]) for r in range(_UNROLLED)])
+            return lax.dynamic_update_slice_in_dim(out, block, start, axis=0)
+
+        y = lax.fori_loop(0, -(-rows // _UNROLLED), body, jnp.zeros((rows, out_size), x.dtype))
+    return jnp.where(jnp.arange(rows)[:, None] < ends[-1], y, 0)
+
+
+def _slots(rows: int, groups: int) -> int:
+    """Slots a group: the mean and about a standard deviation of groups that are filled at random, a multiple of 8."""
+    mean = rows / groups
+    return min(rows, -(-math.ceil(mean + math.sqrt(mean)) // 8) * 8)
+
+
+class _Layout:
+    """Where the rows of each group stand: in its slots, or past them.
+
+    If the slots would stay mostly empty while most rows lie elsewhere, they are not used at all.
+    """
+
+    def __init__(self, sizes: Int[Array, " groups"], rows: int):
+        self.rows, groups = rows, sizes.shape[0]
+        self.slots = _slots(rows, groups)
+        self.window = min(_WINDOW, rows)
+        self.few = min(_FEW_LEFT, rows)
+        self.ends = jnp.cumsum(sizes)
+        self.starts = self.ends - sizes
+        over = jnp.sum(jnp.maximum(sizes - self.slots, 0))
+        self.use_slots = 2 * over <= rows
+        self.held = jnp.where(self.use_slots, jnp.minimum(sizes, self.slots), 0)
+        #: [groups, slots]: the row of each slot, any row where the slot is empty.
+        self.row_of_slot = jnp.minimum(self.starts[:, None] + jnp.arange(self.slots), rows - 1)
+
+    def slot_of_row(self):
+        """[rows]: the slot of each row, counted through all groups; any slot for a row that has none."""
+        row = jnp.arange(self.rows)
+        group = jnp.minimum(jnp.sum(row[:, None] >= self.ends, axis=1), self.ends.shape[0] - 1)
+        return group * self.slots + jnp.minimum(row - self.starts[group], self.slots - 1)
+
+    def visit_rest(self, body, carry):
+        """`carry = body(carry, group, few, window)` for every window of rows without a slot.
+
+        `window(rows)` says where the window stands if it takes so many rows: the first of them, and which [rows, 1] are
+        the group's. `few` says that not more than `_FEW_LEFT` are. A conditional in the body should not hold the carry:
+        it would be copied.
+        """
+        first = self.starts + self.held
+        windows = -(-(self.ends - first) // self.window)
+        last = jnp.cumsum(windows)
+
+        def visit(i, carry):
+            group = jnp.sum(i >= last)
+            start = first[group] + (i - last[group] + windows[group]) * self.window
+
+            def window(rows: int):
+                at = jnp.minimum(start, self.rows - rows)
+                row = at + jnp.arange(rows)[:, None]
+                return at, (row >= start) & (row < self.ends[group])
+
+            return body(carry, group, self.ends[group] - start <= _FEW_LEFT, window)
+
+        return lax.fori_loop(0, last[-1], visit, carry)
+
+
+def _batched(x, weight, sizes, *, transpose: bool):
+    groups, out_size = weight.shape[0], weight.shape[2 if transpose else 1]
+    layout = _Layout(sizes, x.shape[0])
+    slotted = jnp.take(x, layout.row_of_slot, axis=0, mode="clip")
+    y = lax.cond(
+        layout.use_slots,
+        lambda slotted: _multiply(slotted, weight, transpose),
+        lambda slotted: jnp.zeros((groups, layout.slots, out_size), x.dtype),
+        slotted,
+    )
+    y = jnp.take(y.reshape(-1, out_size), layout.slot_of_row(), axis=0, mode="clip")
+    y = jnp.where(jnp.arange(x.shape[0])[:, None] < layout.ends[-1], y, 0)
+
+    def visit(y, group, few, window):
+        first, mine = window(layout.window)
+        empty = jnp.zeros((layout.window, out_size), x.dtype)
+
+        def all_rows(rows):
+            at, _ = window(rows)
+            matrix = lax.dynamic_index_in_dim(weight, group, keepdims=False)
+            found = _multiply(lax.dynamic_slice_in_dim(x, at, rows), matrix, transpose)
+            return lax.dynamic_update_slice_in_dim(empty, found, at - first, axis=0)
+
+        def row_by_row():
+            at, mine = window(layout.few)
+
+            def put(r, found):
+                return lax.dynamic_update_slice_in_dim(
+                    found, _one_row(x, weight, at + r, group), at - first + r, axis=0
+                )
+
+            start = jnp.argmax(mine[:, 0])
+            return lax.fori_loop(start, start + jnp.sum(mine), put, empty)
+
+        found = lax.cond(
+            few,
+            # One row needs no copy of its matrix, except where the matrix is transposed.
+            functools.partial(all_rows, layout.few) if transpose else row_by_row,
+            functools.partial(all_rows, layout.window),
+        )
+        before = lax.dynamic_slice_in_dim(y, first, layout.window)
+        return lax.dynamic_update_slice_in_dim(y, jnp.where(mine, found, before), first, axis=0)
+
+    return layout.visit_rest(visit, y)
 
 
 @jax.jit
 def _weight_gradient(x, dy, sizes):
     """For each group, the sum over its rows of the outer product of `dy` and `x`, in float32."""
-    rows, groups = x.shape[0], sizes.shape[0]
-    tile = _tile_rows(rows, groups)
-    tile_of, group_of, visits, starts, ends = _visits(sizes, rows, tile)
-    x, dy = _pad_rows(x, tile), _pad_rows(dy, tile)
+    layout = _Layout(sizes, x.shape[0])
+    filled = jnp.arange(layout.slots) < layout.held[:, None]
 
-    def visit(i, total):
-        at, group = tile_of[i], group_of[i]
-        mine = _rows_of(at, tile, starts[group], ends[group])
+    def outer(dy, x, mine):
         # Both sides are masked: a row of another group may hold an infinity, and 0 * inf is no zero.
-        left = jnp.where(mine, lax.dynamic_slice_in_dim(dy, at * tile, tile), 0)
-        right = jnp.where(mine, lax.dynamic_slice_in_dim(x, at * tile, tile), 0)
-        product = lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        before = lax.dynamic_index_in_dim(total, group, keepdims=False)
-        return lax.dynamic_update_index_in_dim(total, before + product, group, axis=0)
+        return jnp.einsum(
+            "...ro,...ri->...oi", jnp.where(mine, dy, 0), jnp.where(mine, x, 0), preferred_element_type=jnp.float32
+        )
 
-    total = jnp.zeros((groups, dy.shape[1], x.shape[1]), jnp.float32)
-    return lax.fori_loop(0, visits, visit, total)
+    total = lax.cond(
+        layout.use_slots,
+        lambda: outer(
+            *(jnp.take(each, layout.row_of_slot, axis=0, mode="clip") for each in (dy, x)), filled[..., None]
+        ),
+        lambda: jnp.zeros((sizes.shape[0], dy.shape[1], x.shape[1]), jnp.float32),
+    )
+
+    def visit(total, group, few, window):
+        def product(rows):
+            at, mine = window(rows)
+            return outer(*(lax.dynamic_slice_in_dim(each, at, rows) for each in (dy, x)), mine)
+
+        found = lax.cond(few, lambda: product(layout.few), lambda: product(layout.window))
+        before = lax.dynamic_index_in_dim(total, group, keepdims=False)
+        return lax.dynamic_update_index_in_dim(total, before + found, group, axis=0)
+
+    return layout.visit_rest(visit, total)

@@ -9,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
+from eqx_moe.kernels.linear import linear
 from eqx_moe.nn.attention import Attention, Rows, segment_layout
 from eqx_moe.nn.cache import Cache, LayerCache
 from eqx_moe.nn.embedding import Embedding
@@ -157,7 +158,7 @@ class Decoder(eqx.Module):
     def unembed(self, hidden: Float[Array, "*batch hidden"]) -> Float32[Array, "*batch vocab"]:
         """Logits of hidden states, float32."""
         weight = self.embed.weight if self.head is None else self.head.weight
-        return jnp.einsum("...h,vh->...v", hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return linear(hidden, weight, jnp.float32)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` rows of at most `length` places, in the dtype of the embedding.

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from eqx_moe.kernels.linear import linear
+
 
 class Linear(eqx.Module):
     """`x @ weight.T + bias` over the last axis, in the dtype of `x`."""
@@ -21,5 +23,5 @@ class Linear(eqx.Module):
         self.bias = jnp.zeros(out_size, dtype) if bias else None
 
     def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
-        y = x @ self.weight.astype(x.dtype).T
+        y = linear(x, self.weight)
         return y if self.bias is None else y + self.bias.astype(x.dtype)
