@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from eqx_moe.kernels.flash import CHUNK, LOWEST, flash_attention, visible
@@ -68,7 +69,7 @@ def attention(
     given: dict[str, Any] = dict(scale=scale, start=start, window=window, sinks=sinks)
     given |= dict(query_segments=query_segments, key_segments=key_segments)
     plain = start is None and query_segments is None and sinks is None and q.shape[-1] == v.shape[-1]
-    match choose(jax.default_backend(), q.dtype, q.shape[2], k.shape[2], q.shape[-1], plain):
+    match choose(*_platform(), q.dtype, q.shape[2], k.shape[2], q.shape[-1], plain):
         case "dense":
             return attention_oracle(q, k, v, **given)
         case "flash":
@@ -76,28 +77,36 @@ def attention(
         case "one_query":
             return _one_query(q, k, v, **given)
         case "cudnn":
-            # An array may live on the CPU of a machine with a GPU.
+            cudnn = functools.partial(_cudnn, scale=scale, window=window)
             flash = functools.partial(flash_attention, scale=scale, window=window)
-            return lax.platform_dependent(
-                q, k, v, cuda=functools.partial(_cudnn, scale=scale, window=window), default=flash
-            )
+            # A machine with a GPU may also compute on its CPU.
+            return lax.platform_dependent(q, k, v, cuda=cudnn, default=flash)
 
 
 def choose(
-    platform: str, dtype: jax.typing.DTypeLike, queries: int, keys: int, head_dim: int, plain: bool
+    platform: str, capability: float, dtype: DTypeLike, queries: int, keys: int, head_dim: int, plain: bool
 ) -> Literal["dense", "flash", "one_query", "cudnn"]:
-    """How `attention` is computed. `plain`: all keys are the queries' own, one segment, no sinks.
+    """How `attention` is computed. `plain`: the keys are the queries' own, all in one segment, and there are no sinks.
 
-    cuDNN takes half precision and head sizes that are multiples of 8, up to 256 (jax.nn.dot_product_attention). It
-    knows no segments but as a bias of queries x keys, and a sink put around it would have a wrong gradient.
+    cuDNN's kernel takes half precision, on NVIDIA GPUs from compute capability 8.0 on, and head sizes that are
+    multiples of 8, up to 128 or from 9.0 on up to 256. It knows segments only as a bias of queries x keys, and a sink
+    put around it would have a wrong gradient.
     """
-    if queries == 1 and platform == "cpu":
-        return "one_query"
-    if platform == "gpu" and plain and queries > 1:
-        if jnp.dtype(dtype) in (jnp.float16, jnp.bfloat16) and head_dim % 8 == 0 and head_dim <= 256:
+    if platform == "cuda" and plain and capability >= 8.0 and jnp.dtype(dtype) in (jnp.float16, jnp.bfloat16):
+        if head_dim % 8 == 0 and head_dim <= (256 if capability >= 9.0 else 128):
             return "cudnn"
-    # Up to one chunk there is nothing to skip. More queries or keys are faster in chunks (CPU, float32).
-    return "dense" if queries == 1 or max(queries, keys) <= CHUNK else "flash"
+    if queries == 1:
+        return "one_query" if platform == "cpu" else "dense"
+    # Up to one chunk there is nothing to skip; beyond that chunks are faster (measured on CPU, float32).
+    return "dense" if max(queries, keys) <= CHUNK else "flash"
+
+
+def _platform() -> tuple[str, float]:
+    """Where JAX computes by default, `cuda` for NVIDIA GPUs, and their compute capability."""
+    device = jax.local_devices()[0]
+    if device.device_kind.startswith("NVIDIA"):
+        return "cuda", float(device.compute_capability)
+    return device.platform, 0.0
 
 
 def _check(q, k, start, window, query_segments, key_segments) -> None:
