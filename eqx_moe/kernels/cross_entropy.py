@@ -57,11 +57,12 @@ def _sum_fwd(hidden, unembedding, labels):
         nll, logits, logsumexp, mine = _nll(rows, weight, labels)
         d_logits = (jnp.exp(logits - logsumexp[:, None]) - mine).astype(rows.dtype)
         d_logits = jnp.where((labels >= 0) & (labels < weight.shape[0]), d_logits.T, 0).T
-        d_rows = jnp.einsum("tv,vh->th", d_logits, weight, preferred_element_type=jnp.float32)
-        d_unembedding += jnp.einsum("tv,th->vh", d_logits, rows, preferred_element_type=jnp.float32)
-        return d_unembedding, (jnp.sum(nll), d_rows.astype(rows.dtype))
+        # JAX's own transposes of the product know how gradients are spread over an explicit mesh.
+        _, pull = jax.vjp(lambda rows, weight: jnp.einsum("th,vh->tv", rows, weight), rows, weight)
+        d_rows, d_weight = pull(d_logits)
+        return d_unembedding + d_weight, (jnp.sum(nll), d_rows)
 
-    nothing = jnp.zeros(unembedding.shape, jnp.float32)
+    nothing = jnp.zeros_like(unembedding, dtype=jnp.float32)
     d_unembedding, (nll, d_hidden) = jax.lax.scan(chunk, nothing, (chunked, chunked_labels))
     d_hidden = d_hidden.swapaxes(0, 1).reshape(-1, hidden.shape[1])[:tokens]
     return jnp.sum(nll), (d_hidden, d_unembedding.astype(unembedding.dtype))

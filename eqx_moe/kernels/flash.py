@@ -108,15 +108,14 @@ def _forward(q, k, v, sinks, start, query_segments, key_segments, cut: _Cut):
     batch, heads, queries, _ = q.shape
     q, (k, v) = _grouped(q, k.shape[1], cut), (_padded(x, 2, cut.key) for x in (k, v))
     query_segments, key_segments = _padded_segments(query_segments, key_segments, cut)
-    shape = q.shape[:3] + (cut.query,)
-    if sinks is None:
-        top, total = jnp.full(shape, LOWEST), jnp.zeros(shape)
-    else:  # A sink is one more logit, already seen, whose value is zero.
-        top = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, *shape[1:3], 1), shape)
-        total = jnp.ones(shape)
 
     def query_chunk(_, i):
         q_i = _take(q, i, cut.query, 3)
+        zero = _zeros_like(q_i[..., 0])  # [batch, kv_heads, group, query]
+        if sinks is None:
+            total, top = zero, zero + LOWEST
+        else:  # A sink is one more logit, already seen, whose value is zero.
+            total, top = zero + 1.0, zero + sinks.astype(jnp.float32).reshape(*q_i.shape[1:3], 1)
 
         def visit(j, state):
             total, top, out = state
@@ -128,11 +127,11 @@ def _forward(q, k, v, sinks, start, query_segments, key_segments, cut: _Cut):
             values = jnp.einsum("bgrqk,bgkd->bgrqd", weights.astype(v.dtype), v_j, preferred_element_type=jnp.float32)
             return total * shrink + jnp.sum(weights, axis=-1), new_top, out * shrink[..., None] + values
 
-        nothing = jnp.zeros((*shape, v.shape[-1]))
-        total_, top_, out = lax.fori_loop(*cut.met_by(i, start), visit, (total, top, nothing))
-        empty = total_ == 0
-        out = out / jnp.where(empty, 1.0, total_)[..., None]
-        return None, (out.astype(q.dtype), jnp.where(empty, 0.0, top_ + jnp.log(total_)))
+        state = total, top, zero[..., None] * jnp.zeros(v.shape[-1])
+        total, top, out = lax.fori_loop(*cut.met_by(i, start), visit, state)
+        empty = total == 0
+        out = out / jnp.where(empty, 1.0, total)[..., None]
+        return None, (out.astype(q.dtype), jnp.where(empty, 0.0, top + jnp.log(total)))
 
     _, (out, logsumexp) = lax.scan(query_chunk, None, jnp.arange(q.shape[3] // cut.query))
     return _ungrouped(out, heads, queries), _ungrouped(logsumexp, heads, queries)
@@ -171,11 +170,10 @@ def _backward(q, k, v, sinks, start, query_segments, key_segments, out, logsumex
             )
             return d_q, _add(d_k, d_k_j, j * cut.key), _add(d_v, d_v_j, j * cut.key)
 
-        d_q, *gradients = lax.fori_loop(*cut.met_by(i, start), visit, (jnp.zeros(q_i.shape), *gradients))
+        d_q, *gradients = lax.fori_loop(*cut.met_by(i, start), visit, (_zeros_like(q_i), *gradients))
         return tuple(gradients), d_q.astype(q.dtype)
 
-    nothing = jnp.zeros(k.shape), jnp.zeros(v.shape)
-    (d_k, d_v), d_q = lax.scan(query_chunk, nothing, jnp.arange(q.shape[3] // cut.query))
+    (d_k, d_v), d_q = lax.scan(query_chunk, (_zeros_like(k), _zeros_like(v)), jnp.arange(q.shape[3] // cut.query))
     d_k, d_v = d_k[:, :, :keys], d_v[:, :, :keys]
     gradients = (x.astype(dtype) for x, dtype in zip((_ungrouped(d_q, heads, queries), d_k, d_v), dtypes, strict=True))
     return *gradients, d_sinks
@@ -206,11 +204,17 @@ def _grouped(x, kv_heads: int, cut: _Cut):
 def _ungrouped(chunks, heads: int, queries: int):
     """[chunks, batch, kv_heads, group, query, ...] to [batch, heads, queries, ...]."""
     x = jnp.moveaxis(chunks, 0, 3)
-    return x.reshape(x.shape[0], heads, -1, *x.shape[5:])[:, :, :queries]
+    x = x.reshape(*x.shape[:3], -1, *x.shape[5:])[:, :, :, :queries]
+    return x.reshape(x.shape[0], heads, *x.shape[3:])
 
 
 def _take(x, i, size: int, axis: int):
     return lax.dynamic_slice_in_dim(x, i * size, size, axis)
+
+
+def _zeros_like(x):
+    """In float32, and on a mesh spread as `x` is: what a loop carries may not change its sharding."""
+    return jnp.zeros_like(x, dtype=jnp.float32)
 
 
 def _add(total, part, at):
