@@ -8,21 +8,34 @@ from jaxtyping import Array, Float, Int
 
 
 class LayerCache(eqx.Module):
-    """Keys and values of one attention layer, a place of the row each."""
+    """Keys and values of one attention layer, a place of the row each.
 
-    keys: Float[Array, "batch length kv_heads head_dim"]
-    values: Float[Array, "batch length kv_heads head_dim"]
+    Heads come before places: a head's keys then lie together, and a decoding step reads them as they lie.
+    """
+
+    keys: Float[Array, "batch kv_heads length head_dim"]
+    values: Float[Array, "batch kv_heads length head_dim"]
 
     def write(
         self,
-        keys: Float[Array, "batch seq kv_heads head_dim"],
-        values: Float[Array, "batch seq kv_heads head_dim"],
+        keys: Float[Array, "batch kv_heads seq head_dim"],
+        values: Float[Array, "batch kv_heads seq head_dim"],
         at: Int[Array, ""],
     ) -> "LayerCache":
-        return LayerCache(
-            keys=lax.dynamic_update_slice_in_dim(self.keys, keys.astype(self.keys.dtype), at, axis=1),
-            values=lax.dynamic_update_slice_in_dim(self.values, values.astype(self.values.dtype), at, axis=1),
-        )
+        """Puts them at the places from `at` on, where they must fit."""
+
+        def write(cache: LayerCache) -> LayerCache:
+            return LayerCache(
+                keys=lax.dynamic_update_slice_in_dim(cache.keys, keys.astype(cache.keys.dtype), at, axis=2),
+                values=lax.dynamic_update_slice_in_dim(cache.values, values.astype(cache.values.dtype), at, axis=2),
+            )
+
+        def write_apart(cache: LayerCache) -> LayerCache:
+            return lax.cond(at + keys.shape[2] <= cache.keys.shape[2], write, lambda cache: cache, cache)
+
+        # XLA's CPU back end fuses the write with what reads the cache, does it twice, and copies the whole cache for
+        # that at every step. It fuses nothing into a conditional. Elsewhere a conditional would wait for the host.
+        return lax.platform_dependent(self, cpu=write_apart, default=write)
 
 
 class Cache(eqx.Module):
@@ -41,7 +54,8 @@ class Cache(eqx.Module):
     def __init__(self, shapes: tuple[tuple[int, int], ...], batch: int, length: int, dtype: DTypeLike):
         """`shapes` gives (kv_heads, head_dim) of each layer."""
         self.layers = tuple(
-            LayerCache(*(jnp.zeros((batch, length, *shape), dtype) for _ in ("keys", "values"))) for shape in shapes
+            LayerCache(*(jnp.zeros((batch, kv_heads, length, head_dim), dtype) for _ in ("keys", "values")))
+            for kv_heads, head_dim in shapes
         )
         self.segments = jnp.zeros((batch, length), jnp.int32)
         self.filled = jnp.zeros((), jnp.int32)
