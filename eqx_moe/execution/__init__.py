@@ -2,8 +2,8 @@
 
     execution(x, routing, experts, mask) -> [batch, seq, hidden], dropped pairs
 
-`"dense"` is the slow oracle, `"grouped"` the dropless way for one device. `"capacity"` gives every expert the same number
-of places and drops what does not fit.
+`"dense"` is the slow oracle, `"grouped"` the dropless way for one device. `"capacity"` gives every expert the same
+number of places and drops what does not fit.
 """
 
 from eqx_moe.execution.base import AbstractExecution as AbstractExecution

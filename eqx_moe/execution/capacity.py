@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from fractions import Fraction
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,8 +34,8 @@ class Capacity(AbstractExecution):
             token, as in both papers. `"residual"`: its weight times the block's input, as an expert that does nothing.
     """
 
-    factor: float = 1.25
-    dropped: Literal["zero", "residual"] = "zero"
+    factor: float | int = 1.25
+    dropped: str = "zero"
 
     def __post_init__(self):
         if not 0 < self.factor < math.inf:
@@ -96,14 +95,14 @@ class Capacity(AbstractExecution):
 
         Place c exists if c < factor * k * T / experts. Whole numbers from fractions: no rounding adds or takes a place.
         """
-        per_token = Fraction(str(self.factor)) * k / experts
+        up, down = (Fraction(str(self.factor)) * k / experts).as_integer_ratio()
         # An expert that has a place for every token needs no more.
-        places = min(math.ceil(per_token * seq), seq)
-        return np.asarray([math.floor(c / per_token) + 1 for c in range(places)], np.int32)
+        places = min(-(-up * seq // down), seq)
+        return np.asarray([c * down // up + 1 for c in range(places)], np.int32)
 
 
 def capacity_oracle(
-    chosen: Int[np.ndarray, "batch seq k"], mask: Bool[np.ndarray, "batch seq"], factor: float, num_experts: int
+    chosen: Int[np.ndarray, "batch seq k"], mask: Bool[np.ndarray, "batch seq"], factor: float | int, num_experts: int
 ) -> Bool[np.ndarray, "batch seq k"]:
     """Which pairs `Capacity` keeps, one after another. Slow; the definition to test against.
 

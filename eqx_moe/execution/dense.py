@@ -9,7 +9,7 @@ from eqx_moe.execution.base import AbstractExecution, ExpertFunction, Routing
 
 
 def batched_linear(x, stack, bias=None):
-    """A `StackedLinear` for rows [experts, tokens, in]: each expert's matrix with its own slice -> [experts, tokens, out]."""
+    """A `StackedLinear` for rows that lie [experts, tokens, in]."""
     y = jnp.einsum("eti,eoi->eto", x, stack)
     return y if bias is None else y + bias[:, None]
 
