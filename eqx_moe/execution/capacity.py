@@ -4,6 +4,7 @@ import dataclasses
 import math
 from fractions import Fraction
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -56,35 +57,35 @@ class Capacity(AbstractExecution):
         places = len(needed)
         capacity = jnp.sum(needed <= jnp.sum(mask, axis=1)[:, None], axis=1, dtype=jnp.int32)
 
-        # Pairs in the order in which they are served, then sorted by expert; those that go nowhere come last.
+        # Pairs in the order in which they are served, choices before tokens; and sorted by expert, nowhere last.
         chosen = jnp.swapaxes(routing.experts, 1, 2).reshape(batch, k * seq)
         order = jnp.argsort(chosen, axis=1, stable=True)
         load = jnp.sum(chosen[:, :, None] == jnp.arange(count), axis=1, dtype=jnp.int32)
         start = jnp.cumsum(load, axis=1) - load
 
-        # Into the buffers: place c of expert e holds the c-th of its pairs.
+        # Which pair stands at place c of expert e: the c-th of its pairs.
         place = jnp.arange(places)
-        filled = place < jnp.minimum(load, capacity[:, None])[:, :, None]
-        at = jnp.where(filled, start[:, :, None] + place, 0).reshape(batch, -1)
-        token = jnp.take_along_axis(order, at, axis=1) % seq
-        rows = jnp.take_along_axis(x, token[:, :, None], axis=1).reshape(batch, count, places, hidden)
-        # A free place holds zeros, not some token: that may not be finite, and 0 * inf is no zero.
-        rows = jnp.where(filled[..., None], rows, 0)
-        y = experts(jnp.swapaxes(rows, 0, 1).reshape(count, batch * places, hidden), batched_linear)
-        y = jnp.swapaxes(y.reshape(count, batch, places, hidden), 0, 1).reshape(batch, count * places, hidden)
-
-        # And back: pair i stands at rank[i] among those of its expert.
+        filled = (place < jnp.minimum(load, capacity[:, None])[:, :, None]).reshape(batch, count * places)
+        at = (start[:, :, None] + place).reshape(batch, count * places)
+        pair = jnp.take_along_axis(order, jnp.where(filled, at, 0), axis=1)
+        # And at which place a pair stands, by its rank among those of its expert.
         expert = jnp.minimum(chosen, count - 1)
         rank = jnp.argsort(order, axis=1) - jnp.take_along_axis(start, expert, axis=1)
-        real = chosen < count
-        kept = real & (rank < capacity[:, None])
-        at = jnp.where(kept, expert * places + rank, 0)
-        y = jnp.take_along_axis(y, at[:, :, None], axis=1).reshape(batch, k, seq, hidden)
-        kept, real = (jnp.swapaxes(each.reshape(batch, k, seq), 1, 2) for each in (kept, real))
-        y = jnp.where(jnp.swapaxes(kept, 1, 2)[..., None], y, 0)
-        weights = routing.weights
+        kept = (chosen < count) & (rank < capacity[:, None])
+        place_of_pair = jnp.where(kept, expert * places + rank, 0)
+
+        def by_token(pairs):
+            return jnp.swapaxes(pairs.reshape(batch, k, seq), 1, 2)
+
+        rows = _gather(x, pair % seq, filled, by_token(place_of_pair), by_token(kept))
+        rows = jnp.swapaxes(rows.reshape(batch, count, places, hidden), 0, 1).reshape(count, batch * places, hidden)
+        y = experts(rows, batched_linear)
+        y = jnp.swapaxes(y.reshape(count, batch, places, hidden), 0, 1).reshape(batch, count * places, hidden)
+        y = _gather(y, place_of_pair, kept, pair[:, :, None], filled[:, :, None]).reshape(batch, k, seq, hidden)
+
+        kept, weights = by_token(kept), routing.weights
+        lost = (routing.experts < count) & ~kept
         y = jnp.einsum("bsk,bksh->bsh", jnp.where(kept, weights, 0), y.astype(weights.dtype))
-        lost = real & ~kept
         if self.dropped == "residual":
             own = jnp.where(jnp.any(lost, axis=-1, keepdims=True), x, 0).astype(weights.dtype)
             y = y + own * jnp.sum(jnp.where(lost, weights, 0), axis=-1, keepdims=True) / routing.shares
@@ -99,6 +100,36 @@ class Capacity(AbstractExecution):
         # An expert that has a place for every token needs no more.
         places = min(-(-up * seq // down), seq)
         return np.asarray([c * down // up + 1 for c in range(places)], np.int32)
+
+
+@jax.custom_vjp
+def _gather(
+    x: Float[Array, "batch rows hidden"],
+    index: Int[Array, "batch places"],
+    valid: Bool[Array, "batch places"],
+    places: Int[Array, "batch rows uses"],
+    used: Bool[Array, "batch rows uses"],
+) -> Float[Array, "batch places hidden"]:
+    """`x[index]`, and zeros where not `valid`: a free place must not hold some token, which may not be finite.
+
+    `places` says the same the other way round: where each row went, as far as `used`. So the gradient is a gather too,
+    where differentiating would scatter: the whole gradient takes 5 to 10 % less time on a CPU.
+    """
+    return jnp.where(valid[:, :, None], jnp.take_along_axis(x, index[:, :, None], axis=1), 0)
+
+
+def _gather_fwd(x, index, valid, places, used):
+    return _gather(x, index, valid, places, used), (places, used)
+
+
+def _gather_bwd(residuals, dy):
+    places, used = residuals
+    batch, rows, uses = places.shape
+    dx = jnp.take_along_axis(dy, places.reshape(batch, rows * uses, 1), axis=1).reshape(batch, rows, uses, -1)
+    return jnp.sum(jnp.where(used[..., None], dx, 0), axis=2), None, None, None, None
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 def capacity_oracle(

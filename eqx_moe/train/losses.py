@@ -51,7 +51,7 @@ def loss(
             if coefficient > 0:
                 total = total + jnp.where(tokens > 0, coefficient * value, 0.0)
         metrics["max_violation"] = jnp.mean(jnp.stack([stats.max_violation for stats in out.router.stats]))
-        metrics["drops"] = sum(out.router.drops)
+        metrics["drops"] = jnp.sum(jnp.stack(out.router.drops))
     return total, {"loss": total, **metrics}
 
 
