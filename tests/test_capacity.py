@@ -205,9 +205,9 @@ def test_rows_do_not_touch_each_other():
 
 @pytest.mark.parametrize(("left", "right"), [(6, 0), (0, 11), (3, 4)])
 def test_padding_takes_no_place_and_gives_none(left, right):
-    """Whatever it holds, also infinities."""
+    """Whatever it holds, also infinities; and in a row that holds nothing else."""
     case, x, weights, experts, chosen, mask = case_and_inputs()
-    pads = ((0, 0), (left, right))
+    pads = ((0, 1), (left, right))
     padded_chosen = np.pad(chosen, (*pads, (0, 0)), constant_values=case.experts)
     padded_x = np.pad(x, (*pads, (0, 0)), constant_values=np.inf)
     padded_weights = np.pad(weights, (*pads, (0, 0)), constant_values=0.3)
@@ -224,7 +224,7 @@ def test_padding_takes_no_place_and_gives_none(left, right):
     )
     assert drops == padded_drops and drops > 0
     real = slice(left, left + case.seq)
-    for ours, theirs in zip([leaf[:, real] for leaf in padded[:3]] + padded[3:], plain, strict=True):
+    for ours, theirs in zip([leaf[: case.batch, real] for leaf in padded[:3]] + padded[3:], plain, strict=True):
         assert_close(ours, theirs)
     assert all(np.isfinite(leaf).all() for leaf in padded)
 
