@@ -12,7 +12,6 @@ import eqx_moe
 from eqx_moe.execution import Dense, Grouped, Routing, resolve
 from eqx_moe.kernels.grouped_matmul import grouped_matmul, grouped_matmul_oracle
 from eqx_moe.nn.experts import Experts
-from eqx_moe.nn.moe import LayerRouting, RouterStats, load_balancing_loss
 from eqx_moe.nn.router import SoftmaxTopKRouter
 
 # (rows, groups, in, out): few rows, one group, more groups than rows, sizes that divide nothing.
@@ -140,60 +139,9 @@ def test_permuting_experts_permutes_nothing_else(getkey):
     np.testing.assert_allclose(run(router, experts), run(moved_router, moved), rtol=1e-5, atol=1e-6)
 
 
-def test_router_is_the_papers():
-    """The softmax over the k largest logits, which equals renormalised probabilities; ties go to the lower expert."""
-    router = SoftmaxTopKRouter(3, 4, 2, std=0.0, dtype="bfloat16", key=jax.random.key(0))
-    logits = jnp.asarray([[1.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
-    routing = router.route(logits)
-    assert routing.experts.tolist() == [[1, 2], [0, 1]] and routing.weights.dtype == jnp.float32
-    np.testing.assert_allclose(routing.weights, 0.5)
-    assert router.logits(jnp.ones((2, 3), jnp.bfloat16)).dtype == jnp.float32
-    for k in (0, 5):
-        with pytest.raises(ValueError, match=rf"k={k} and experts=4"):
-            SoftmaxTopKRouter(3, 4, k, std=1.0, dtype="float32", key=jax.random.key(0))
-
-
-def test_load_balancing_loss_by_hand():
-    """Uniform routing gives k; two layers are pooled before the product; masked tokens count nowhere."""
-    uniform = jnp.log(jnp.asarray([[0.4, 0.35, 0.15, 0.1], [0.1, 0.15, 0.35, 0.4]]))
-    np.testing.assert_allclose(load_balancing_loss((uniform,), 2), 2.0, rtol=1e-6)
-    skewed = jnp.log(jnp.asarray([[0.7, 0.1, 0.1, 0.1]] * 2))
-    # f = (1, 1, 0, 0) and (1/2, 1/2, 1/2, 1/2) pooled; P = mean of (.7, .1, .1, .1) and (1/4, 1/4, 1/4, 1/4).
-    f, p = np.asarray([0.75, 0.75, 0.25, 0.25]), np.asarray([0.475, 0.175, 0.175, 0.175])
-    np.testing.assert_allclose(load_balancing_loss((skewed, uniform), 2), 4 * (f * p).sum(), rtol=1e-6)
-    masked = load_balancing_loss((uniform,), 2, jnp.asarray([True, False]))
-    np.testing.assert_allclose(masked, 4 * (0.4 + 0.35), rtol=1e-6)
-    assert load_balancing_loss((uniform,), 2, jnp.zeros(2, bool)) == 0
-
-
-def test_router_stats_by_hand():
-    """Three tokens count, the fourth is padding."""
-    probabilities = jnp.asarray([[0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.1, 0.1], [1.0, 0, 0, 0]])
-    routing = LayerRouting(
-        logits=jnp.log(jnp.maximum(probabilities, 1e-9)),
-        choices=jnp.asarray([[0, 1], [0, 1], [0, 2], [3, 2]]),
-        weights=jnp.full((4, 2), 0.5),
-        drops=jnp.zeros((), jnp.int32),
-    )
-    stats = RouterStats(routing, jnp.asarray([True, True, True, False]))
-    assert stats.tokens_per_expert.tolist() == [3, 2, 1, 0]
-    skewed = -(0.7 * np.log(0.7) + 0.3 * np.log(0.1))
-    np.testing.assert_allclose(stats.entropy, (2 * skewed + np.log(4)) / 3, rtol=1e-5)
-    np.testing.assert_allclose(stats.max_violation, 3 / (6 / 4) - 1, rtol=1e-6)
-    nobody = RouterStats(routing, jnp.zeros(4, bool))
-    assert (nobody.tokens_per_expert.sum(), nobody.entropy, nobody.max_violation) == (0, 0, 0)
-
-
-def test_load_balancing_loss_is_float32_under_x64():
-    with jax.enable_x64(True):
-        logits = jnp.zeros((3, 4), jnp.float32)
-        assert load_balancing_loss((logits,), 2).dtype == jnp.float32
-        assert load_balancing_loss((logits,), 2, jnp.ones(3, bool)).dtype == jnp.float32
-
-
 def test_names_and_objects():
     assert resolve(None) == Grouped() and resolve("dense") == Dense() and resolve(Grouped()) == Grouped()
-    with pytest.raises(ValueError, match=r"\['dense', 'grouped'\]; got 'magic'"):
+    with pytest.raises(ValueError, match=r"\['capacity', 'dense', 'grouped'\]; got 'magic'"):
         resolve("magic")
     config = eqx_moe.LlamaConfig(
         vocab_size=11, hidden_size=12, intermediate_size=7, num_hidden_layers=1, num_attention_heads=2

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import eqx_moe
-from eqx_moe.nn.moe import load_balancing_loss
+from eqx_moe.nn.router_losses import load_balancing_loss
 
 FOLDER = pathlib.Path(__file__).parent / "fixtures"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.npz"))

@@ -57,7 +57,7 @@ def test_fit_learns_and_leaves_the_model_alone(fitted, rows):
     assert_equal(model, tiny.model())
     assert len(history) == 30 and seen == [(i, metrics["loss"]) for i, metrics in enumerate(history, start=1)]
     assert history[-1]["cross_entropy"] < history[0]["cross_entropy"] - 1
-    assert set(history[0]) == {"loss", "cross_entropy", "aux_loss", "tokens", "grad_norm"}
+    assert set(history[0]) == {"loss", "cross_entropy", "aux_loss", "tokens", "max_violation", "drops", "grad_norm"}
     before, after = (train.evaluate(m, train.in_order(rows, 3)).nats_per_token for m in (model, tuned))
     assert after < before - 1
 

@@ -1,5 +1,7 @@
 """The loss: its parts against slow oracles, what it counts, and what it does not."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,9 @@ import numpy as np
 import pytest
 import tiny
 
+import eqx_moe
 from eqx_moe.kernels import cross_entropy as kernel
-from eqx_moe.nn.moe import load_balancing_loss
+from eqx_moe.nn.router_losses import load_balancing_loss
 from eqx_moe.train import Batch, loss
 
 IGNORE = -100
@@ -128,6 +131,25 @@ def test_loss_is_what_its_parts_say(model, jitted):
     np.testing.assert_allclose(metrics["aux_loss"], aux, rtol=1e-6)
     np.testing.assert_allclose(total, np.mean(nll) + 0.02 * aux, rtol=1e-5)
     assert total == metrics["loss"]
+    np.testing.assert_allclose(metrics["max_violation"], out.router.stats[0].max_violation, rtol=1e-6)
+    assert set(metrics) == {"loss", "cross_entropy", "tokens", "aux_loss", "max_violation", "drops"}
+    assert metrics["drops"] == 0
+
+
+def test_drops_and_violations_of_all_layers_are_logged(jitted):
+    """The worst load of each layer, the mean over layers; and the sum of what they dropped."""
+    model = tiny.model(dataclasses.replace(tiny.CONFIG, num_hidden_layers=2))
+    model = eqx_moe.with_options(model, execution=eqx_moe.execution.Capacity(0.5))
+    batch = make_batch([[5, 9, 2, 7, 11, 3], [8, 1, 4]], [[1] * 6, [1] * 3])
+    _, metrics = jitted(model, batch)
+    router = eqx.filter_jit(model.forward)(batch.tokens, segment_ids=batch.segment_ids).router
+    loads = [np.asarray(stats.tokens_per_expert) for stats in router.stats]
+    assert [load.sum() for load in loads] == [18, 18]
+    np.testing.assert_allclose(
+        metrics["max_violation"], np.mean([load.max() / (18 / 5) - 1 for load in loads]), rtol=1e-5
+    )
+    # An expert has ceil(0.5 * 2 * 6 / 5) = 2 places and 1: for 12 and 6 pairs there are 10 and 5 places.
+    assert metrics["drops"] == sum(int(drops) for drops in router.drops) and metrics["drops"] >= 2 * 3
 
 
 def test_packed_segments_count_as_rows_of_their_own(model, jitted):

@@ -2,17 +2,19 @@
 
     execution(x, routing, experts, mask) -> [batch, seq, hidden], dropped pairs
 
-`"dense"` is the slow oracle, `"grouped"` the dropless way for one device.
+`"dense"` is the slow oracle, `"grouped"` the dropless way for one device. `"capacity"` gives every expert the same
+number of places and drops what does not fit.
 """
 
 from eqx_moe.execution.base import AbstractExecution as AbstractExecution
 from eqx_moe.execution.base import ExpertFunction as ExpertFunction
 from eqx_moe.execution.base import Routing as Routing
 from eqx_moe.execution.base import StackedLinear as StackedLinear
+from eqx_moe.execution.capacity import Capacity as Capacity
 from eqx_moe.execution.dense import Dense as Dense
 from eqx_moe.execution.grouped import Grouped as Grouped
 
-_BY_NAME = {"dense": Dense(), "grouped": Grouped()}
+_BY_NAME = {"capacity": Capacity(), "dense": Dense(), "grouped": Grouped()}
 
 
 def resolve(execution: str | AbstractExecution | None) -> AbstractExecution:

@@ -8,8 +8,8 @@ from jaxtyping import Array, Bool, Float, Int
 from eqx_moe.execution.base import AbstractExecution, ExpertFunction, Routing
 
 
-def _every_expert(x, stack, bias=None):
-    """[experts, tokens, in] x [experts, out, in] -> [experts, tokens, out]."""
+def batched_linear(x, stack, bias=None):
+    """A `StackedLinear` for rows that lie [experts, tokens, in]."""
     y = jnp.einsum("eti,eoi->eto", x, stack)
     return y if bias is None else y + bias[:, None]
 
@@ -30,7 +30,7 @@ class Dense(AbstractExecution):
     ) -> tuple[Float[Array, "batch seq hidden"], Int[Array, ""]]:
         shape = x.shape
         x = x.reshape(-1, shape[-1])
-        outputs = experts(jnp.broadcast_to(x, (experts.num_experts, *x.shape)), _every_expert)
+        outputs = experts(jnp.broadcast_to(x, (experts.num_experts, *x.shape)), batched_linear)
         k = routing.experts.shape[-1]
         chosen = routing.experts.reshape(-1, k, 1) == jnp.arange(experts.num_experts)
         weights = jnp.sum(jnp.where(chosen, routing.weights.reshape(-1, k, 1), 0), axis=1)

@@ -1,4 +1,4 @@
-"""The mixture-of-experts block, and the loss that keeps its experts busy."""
+"""The mixture-of-experts block, and figures of how busy its experts are."""
 
 import equinox as eqx
 import jax
@@ -35,13 +35,15 @@ class MoE(eqx.Module):
     ) -> tuple[Float[Array, "batch seq hidden"], LayerRouting]:
         """Tokens where `mask` is False are padding: they visit no expert.
 
-        With a key (training) the input is multiplied by uniform noise in [1 - jitter, 1 + jitter] first.
+        With a key (training) the input is multiplied by uniform noise in [1 - jitter, 1 + jitter] first, float32
+        before it is rounded: in bfloat16 the noise itself would have a handful of values.
 
-        The experts see the noise too, as in transformers' Mixtral; in the Switch paper (Fedus et al. 2021) only the
-        router does.
+        The experts see the noise too, as in transformers' Mixtral; in Switch Transformers (Fedus et al. 2021, section
+        2.4) only the router does.
         """
         if key is not None and self.jitter > 0:
-            x = x * jax.random.uniform(key, x.shape, x.dtype, 1 - self.jitter, 1 + self.jitter)
+            noise = jax.random.uniform(key, x.shape, jnp.float32, 1 - self.jitter, 1 + self.jitter)
+            x = (x * noise).astype(x.dtype)
         logits = self.router.logits(x)
         routing = self.router.route(logits)
         # Padding goes nowhere: it costs no work and takes no capacity.
@@ -75,24 +77,3 @@ class RouterStats(eqx.Module):
         violation = jnp.max(load).astype(jnp.float32) * experts / (some * k) - 1
         self.max_violation = jnp.where(tokens > 0, violation, 0.0)
         self.drops = routing.drops
-
-
-def load_balancing_loss(
-    logits: tuple[Float32[Array, "*tokens experts"], ...], k: int, mask: Bool[Array, "*tokens"] | None = None
-) -> Float32[Array, ""]:
-    """`experts * sum_e f_e P_e`: f_e the share of tokens that choose expert e, P_e its mean probability.
-
-    Statistics are pooled over layers before the product and f sums to k, so that uniform routing gives k, not 1: the
-    form of transformers' `load_balancing_loss_func` (Switch Transformers, equations 4-6, sum over each layer instead).
-    Tokens where `mask` is False count nowhere; with none left the loss is zero.
-    """
-    experts = logits[0].shape[-1]
-    pooled = jnp.stack([layer.reshape(-1, experts) for layer in logits])
-    counts = jnp.ones(pooled.shape[1], jnp.float32) if mask is None else mask.reshape(-1).astype(jnp.float32)
-    probabilities = jax.nn.softmax(pooled, axis=-1)
-    _, chosen = jax.lax.top_k(probabilities, k)
-    hits = jnp.sum(jax.nn.one_hot(chosen, experts, dtype=jnp.float32), axis=-2)
-    total = jnp.maximum(len(logits) * jnp.sum(counts), 1.0)
-    share = jnp.einsum("lte,t->e", hits, counts) / total
-    mean = jnp.einsum("lte,t->e", probabilities, counts) / total
-    return experts * jnp.sum(share * mean)

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from eqx_moe.execution import Routing
 
@@ -30,21 +30,94 @@ class SoftmaxTopKRouter(AbstractRouter):
     """Softmax over all experts, the k most probable chosen, their probabilities divided by their sum.
 
     Mixtral of Experts (Jiang et al. 2024) section 2.1, where the softmax is over the k chosen logits: the same numbers.
-    Logits accumulate in float32 whatever the dtype of `x`; weights are float32. Equal scores: the lower expert wins.
+    Whatever the dtype of `x`, logits are summed in float32, and all that follows is float32: softmax, top-k, weights.
+    transformers' Mixtral rounds its logits to the dtype of the model first, which is the same in float32 alone. Equal
+    scores: the lower expert wins.
     """
 
     weight: Float[Array, "experts hidden"]
     k: int = eqx.field(static=True)
 
     def __init__(self, hidden: int, experts: int, k: int, *, std: float, dtype: DTypeLike, key: PRNGKeyArray):
-        if not 1 <= k <= experts:
-            raise ValueError(f"`k` must be in [1, experts]; got {k=} and {experts=}.")
+        _check(k, experts)
         self.weight = std * jax.random.normal(key, (experts, hidden), dtype)
         self.k = k
 
     def logits(self, x: Float[Array, "*tokens hidden"]) -> Float32[Array, "*tokens experts"]:
-        return jnp.einsum("...h,eh->...e", x, self.weight.astype(x.dtype), preferred_element_type=jnp.float32)
+        return _float32_logits(x, self.weight.astype(x.dtype))
 
     def route(self, logits: Float32[Array, "*tokens experts"]) -> Routing:
         weights, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.k)
         return Routing(experts=experts, weights=weights / jnp.sum(weights, axis=-1, keepdims=True))
+
+
+class SigmoidTopKRouter(AbstractRouter):
+    """A sigmoid for each expert; the k with the largest score plus bias are chosen, and weigh their score without it.
+
+    DeepSeek-V3 (2024) section 2.1.2, without its groups of experts; reference: `DeepseekV3TopkRouter` of transformers
+    5.23, `models/deepseek_v3/modeling_deepseek_v3.py`. With `normalise` the weights are divided by their sum plus
+    1e-20. They are multiplied by `scale` last.
+
+    `selection_bias` is float32 and balances the load (`updated_selection_bias`). It decides who is chosen and nothing
+    else, so that it has no gradient. Logits, scores and weights are float32, whatever the dtype of `x` and `weight`.
+    Equal scores: the lower expert wins.
+    """
+
+    weight: Float[Array, "experts hidden"]
+    selection_bias: Float32[Array, " experts"]
+    k: int = eqx.field(static=True)
+    normalise: bool = eqx.field(static=True)
+    scale: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        hidden: int,
+        experts: int,
+        k: int,
+        *,
+        normalise: bool,
+        scale: float,
+        std: float,
+        dtype: DTypeLike,
+        key: PRNGKeyArray,
+    ):
+        _check(k, experts)
+        self.weight = std * jax.random.normal(key, (experts, hidden), dtype)
+        self.selection_bias = jnp.zeros(experts, jnp.float32)
+        self.k = k
+        self.normalise = normalise
+        self.scale = scale
+
+    def logits(self, x: Float[Array, "*tokens hidden"]) -> Float32[Array, "*tokens experts"]:
+        return _float32_logits(x.astype(jnp.float32), self.weight.astype(jnp.float32))
+
+    def route(self, logits: Float32[Array, "*tokens experts"]) -> Routing:
+        scores = jax.nn.sigmoid(logits)
+        _, experts = jax.lax.top_k(scores + self.selection_bias, self.k)
+        weights = jnp.take_along_axis(scores, experts, axis=-1)
+        if self.normalise:
+            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+        return Routing(experts=experts, weights=weights * self.scale)
+
+
+def updated_selection_bias(
+    bias: Float32[Array, " experts"], tokens_per_expert: Int[Array, " experts"], rate: float
+) -> Float32[Array, " experts"]:
+    """The bias for the next step: `rate` more where an expert had less than the mean load of a step, less where more.
+
+    Balances the load without a loss: Wang et al. 2024, algorithm 1; DeepSeek-V3 (2024) section 2.1.2, where the rate is
+    1e-3. `tokens_per_expert` counts a whole training batch, as `RouterStats` does. Changes no other weight and needs no
+    gradient: apply it beside the optimizer's update.
+    """
+    load = tokens_per_expert.astype(jnp.float32)
+    return bias + rate * jnp.sign(jnp.mean(load) - load)
+
+
+def _check(k: int, experts: int) -> None:
+    if not 1 <= k <= experts:
+        raise ValueError(f"`k` must be in [1, experts]; got {k=} and {experts=}.")
+
+
+def _float32_logits(x, weight):
+    # Accelerators by default multiply float32 with fewer bits, and near scores would change places.
+    return jnp.einsum("...h,eh->...e", x, weight, precision="highest", preferred_element_type=jnp.float32)

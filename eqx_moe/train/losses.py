@@ -1,11 +1,13 @@
 """What training minimises."""
 
+from typing import Any
+
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float32, Int, PRNGKeyArray, Shaped
 
 from eqx_moe.kernels.cross_entropy import IGNORE, cross_entropy_sum
-from eqx_moe.nn.decoder import Decoder
-from eqx_moe.nn.moe import load_balancing_loss
+from eqx_moe.nn.decoder import Decoder, RouterOutput
+from eqx_moe.nn.router_losses import load_balancing_loss
 from eqx_moe.train.batch import Batch
 
 
@@ -32,7 +34,8 @@ def loss(
 
     Returns:
         The loss, and scalars: `loss`, `cross_entropy` (nats a token), `tokens` (how many were counted), and for
-        mixture-of-experts models `aux_loss`, the load-balancing loss before its coefficient.
+        mixture-of-experts models `aux_loss`, the load-balancing loss before its coefficient, `max_violation` (see
+        `RouterStats`), the mean over layers, and `drops`, how many (token, expert) pairs all layers left out.
     """
     labels = next_tokens(batch)
     out = model.forward(batch.tokens, segment_ids=batch.segment_ids, key=key)
@@ -43,9 +46,18 @@ def loss(
     metrics = {"cross_entropy": cross_entropy_, "tokens": tokens}
     total = cross_entropy_
     if out.router.logits:
-        k = out.router.choices[0].shape[-1]
-        metrics["aux_loss"] = load_balancing_loss(out.router.logits, k, batch.segment_ids != 0)
-        coefficient = getattr(model.config, "router_aux_loss_coef", 0.0)
-        if coefficient > 0:
-            total = total + jnp.where(tokens > 0, coefficient * metrics["aux_loss"], 0.0)
+        for name, (value, coefficient) in _router_losses(model.config, out.router, batch.segment_ids != 0).items():
+            metrics[name] = value
+            if coefficient > 0:
+                total = total + jnp.where(tokens > 0, coefficient * value, 0.0)
+        metrics["max_violation"] = jnp.mean(jnp.stack([stats.max_violation for stats in out.router.stats]))
+        metrics["drops"] = jnp.sum(jnp.stack(out.router.drops))
     return total, {"loss": total, **metrics}
+
+
+def _router_losses(
+    config: Any, router: RouterOutput, mask: Bool[Array, "batch seq"]
+) -> dict[str, tuple[Float32[Array, ""], float]]:
+    """Each router loss by its name among the metrics, and the config's coefficient for it."""
+    k = router.choices[0].shape[-1]
+    return {"aux_loss": (load_balancing_loss(router.logits, k, mask), getattr(config, "router_aux_loss_coef", 0.0))}
