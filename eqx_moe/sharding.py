@@ -19,4 +19,4 @@ def check_mesh(mesh: Mesh) -> Mesh:
             f"`mesh` must have axes among {AXES}; got {unknown} among its {len(mesh.axis_names)} axes "
             f"{mesh.axis_names}. Name them otherwise, as in `jax.make_mesh(shape, {AXES})`."
         )
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
