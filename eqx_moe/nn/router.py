@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from eqx_moe.execution import Routing
+from eqx_moe.nn.init import normal
 
 
 class AbstractRouter(eqx.Module):
@@ -39,7 +40,7 @@ class SoftmaxTopKRouter(AbstractRouter):
     def __init__(self, hidden: int, experts: int, k: int, *, std: float, dtype: DTypeLike, key: PRNGKeyArray):
         if not 1 <= k <= experts:
             raise ValueError(f"`k` must be in [1, experts]; got {k=} and {experts=}.")
-        self.weight = std * jax.random.normal(key, (experts, hidden), dtype)
+        self.weight = normal(key, (experts, hidden), std, dtype)
         self.k = k
 
     def logits(self, x: Float[Array, "*tokens hidden"]) -> Float32[Array, "*tokens experts"]:
