@@ -110,8 +110,8 @@ def from_pretrained(
         repo_or_folder: a local folder.
         dtype: "auto" keeps every tensor as it is stored; a float dtype or its name casts all but those that the family
             keeps in float32; None is "auto" on an accelerator and float32 on a CPU.
-        mesh: the devices to spread the weights over, see `eqx_moe.sharding`. Each part goes straight to its device; the
-            host holds one leaf at a time. In a program of several processes all call this, each with the folder at hand.
+        mesh: the devices to spread the weights over, see `eqx_moe.sharding`. The host holds a leaf at a time, and no
+            device more than its parts. In a program of several processes all call this, each with the folder at hand.
         execution: how MoE blocks run: None picks the dropless one for the platform; see `eqx_moe.execution`.
         revision, token, cache_dir, local_files_only: for names on the Hub; a local folder has no use for them.
 

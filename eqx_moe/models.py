@@ -16,7 +16,7 @@ from eqx_moe.errors import CheckpointError
 from eqx_moe.execution import AbstractExecution, resolve
 from eqx_moe.family import FAMILIES, Family
 from eqx_moe.nn.decoder import Decoder
-from eqx_moe.sharding import AnyMesh, Plan, check_mesh, plan
+from eqx_moe.sharding import AnyMesh, Plan, check_mesh, plan, without_data
 
 
 def families() -> dict[str, type]:
@@ -97,8 +97,8 @@ def with_options(
     """The same weights, placed and run otherwise.
 
     Args:
-        mesh: the devices to spread the weights over, see `eqx_moe.sharding`; None leaves them where they are. (A mesh of
-            one device brings a sharded model together.)
+        mesh: the devices to spread the weights over, see `eqx_moe.sharding`; None leaves them where they are. (A mesh
+            of one device brings a sharded model together.)
         execution: how MoE blocks run; None picks the dropless one for the platform and the mesh.
     """
     if mesh is not None:
@@ -123,6 +123,15 @@ def plan_sharding(model: Decoder, mesh: AnyMesh) -> Plan:
         ValueError: an axis that is not `data`, `expert` or `tensor`; experts that the axis `expert` does not divide.
     """
     return plan(leaf_paths(model), mesh, model.head_dims)
+
+
+def gathered_along_data(model: Decoder) -> Decoder:
+    """The same model, its weights whole along the mesh's axis `data`: for decoding, which would gather them each time."""
+    if model.mesh is None:
+        return model
+    shardings = plan_sharding(model, model.mesh).shardings
+    leaves = leaf_paths(model)
+    return replace_leaves(model, {path: jax.device_put(x, without_data(shardings[path])) for path, x in leaves.items()})
 
 
 def count_parameters(model: Decoder) -> tuple[int, int]:

@@ -10,6 +10,7 @@ open.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
@@ -200,22 +202,29 @@ def _without_layer(path: str) -> str:
 # --- In a program ----------------------------------------------------------------------------------------------------
 
 
-def rows_spec(mesh: AnyMesh, rows: int) -> PartitionSpec:
-    """How the rows of a batch are split: over `data` and `expert`, or those of the two that divide them."""
+def rows_sharding(mesh: AnyMesh, rows: int, *others: str | None) -> NamedSharding:
+    """The rows of a batch split over `data` and `expert`, or those of the two that divide them; `others` say what
+    splits the dimensions after the first."""
     axes = [axis for axis in (DATA, EXPERT) if mesh.shape.get(axis, 1) > 1]
     for some in (axes, axes[:1], axes[1:]):
         if some and rows % math.prod(mesh.shape[axis] for axis in some) == 0:
-            return PartitionSpec(tuple(some))
-    return PartitionSpec()
+            return NamedSharding(mesh, PartitionSpec(tuple(some), *others))
+    return NamedSharding(mesh, PartitionSpec(None, *others))
+
+
+def cache_sharding(mesh: Mesh | None, rows: int, kv_heads: int) -> NamedSharding | None:
+    """Where the keys and values of a cache go, [rows, length, kv_heads, head_dim]."""
+    if mesh is None:
+        return None
+    whole = kv_heads % mesh.shape.get(TENSOR, 1) or TENSOR not in mesh.shape
+    return rows_sharding(mesh, rows, None, None if whole else TENSOR)
 
 
 def split_rows(tree: Tree, mesh: Mesh | None) -> Tree:
     """The same values, the first axis of every array split over `data` and `expert`. For traced arrays."""
     if mesh is None:
         return tree
-    return jax.tree.map(
-        lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rows_spec(mesh, x.shape[0]))), tree
-    )
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows_sharding(mesh, x.shape[0])), tree)
 
 
 def replicate(tree: Tree, mesh: Mesh | None) -> Tree:
@@ -228,26 +237,39 @@ def replicate(tree: Tree, mesh: Mesh | None) -> Tree:
 def gather_weights(
     tree: Tree, mesh: Mesh | None, *, at: str, head_dims: Mapping[str, int] = MappingProxyType({})
 ) -> Tree:
-    """The weights of a part of a model, at the path `at`, with `data` gathered, for where they are used; other axes stay
-    as planned.
+    """A part of a model, at the path `at`, with its weights gathered along `data` for where they are used.
 
-    Said of one layer at a time, so that no more than a few layers are whole at once; and said of the weights, because
-    XLA would else choose by itself what to move, and sometimes moves the activations. Gradients leave as the weights
-    came in, split by `data` again.
+    Said of one layer at a time, so that no more than a few are whole at once; and said of the weights, because XLA
+    would else choose by itself what to move, and sometimes moves the activations. Gradients leave as the weights came
+    in, split along `data`.
     """
     if mesh is None:
         return tree
-    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    gathered = []
-    for path, leaf in paths:
+
+    def gather(path: Any, leaf: Any) -> Any:
         if not eqx.is_array(leaf):
-            gathered.append(leaf)
-            continue
-        split = _place(f"{at}.{_dotted(path)}", leaf, mesh, head_dims).sharding
-        # The first is what the weight is already; read backwards, it is what its gradient shall be.
-        leaf = jax.lax.with_sharding_constraint(leaf, split)
-        gathered.append(jax.lax.with_sharding_constraint(leaf, without_data(split)))
-    return jax.tree_util.tree_unflatten(treedef, gathered)
+            return leaf
+        return _gather(_place(f"{at}.{_dotted(path)}", leaf, mesh, head_dims).sharding, leaf)
+
+    return jax.tree_util.tree_map_with_path(gather, tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather(split: NamedSharding, weight: Array) -> Array:
+    return jax.lax.with_sharding_constraint(weight, without_data(split))
+
+
+def _gather_fwd(split: NamedSharding, weight: Array) -> tuple[Array, None]:
+    return _gather(split, weight), None
+
+
+def _gather_bwd(split: NamedSharding, _: None, gradient: Array) -> tuple[Array]:
+    # Whole first: else XLA computes with activations split as the gradient shall be, and moves these.
+    gradient = jax.lax.with_sharding_constraint(gradient, without_data(split))
+    return (jax.lax.with_sharding_constraint(gradient, split),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 def without_data(sharding: NamedSharding) -> NamedSharding:
@@ -299,13 +321,12 @@ def put(tree: Tree, mesh: Mesh | None, *, rows: bool = False) -> Tree:
         return tree
 
     def place(x: Any) -> Any:
-        spec = rows_spec(mesh, x.shape[0]) if rows else PartitionSpec()
-        sharding = NamedSharding(mesh, spec)
+        sharding = rows_sharding(mesh, x.shape[0]) if rows else NamedSharding(mesh, PartitionSpec())
         if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
             return x
         if isinstance(x, jax.Array) and (x.is_fully_addressable == sharding.is_fully_addressable):
             return jax.device_put(x, sharding)
-        if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             data = place(jax.random.key_data(x))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
         host = np.asarray(x)

@@ -108,7 +108,8 @@ def _entries_here(
 def _put(buffer: np.ndarray, start: int, shape: tuple[int, ...], sharding: Sharding) -> jax.Array:
     """The leaf whose entries from `start` on are in the buffer, each device's part copied to it."""
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         first, stop, _ = index[0].indices(shape[0])
         return buffer[(slice(first - start, stop - start), *index[1:])]
 

@@ -186,7 +186,7 @@ class Decoder(eqx.Module):
         row: with them, make the cache as long as the rows will be, or set `lengths` to what they will be.
         """
         shapes = tuple((layer.attention.kv_heads, layer.attention.head_dim) for layer in self.layers)
-        return Cache(shapes, batch, length, self.embed.weight.dtype)
+        return Cache(shapes, batch, length, self.embed.weight.dtype, self.mesh)
 
     def _ropes(self) -> set[AbstractRope]:
         return {layer.attention.rope for layer in self.layers}
