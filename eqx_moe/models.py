@@ -126,7 +126,7 @@ def plan_sharding(model: Decoder, mesh: AnyMesh) -> Plan:
 
 
 def gathered_along_data(model: Decoder) -> Decoder:
-    """The same model, its weights whole along the mesh's axis `data`: for decoding, which would gather them each time."""
+    """The same model, its weights whole along `data`: for decoding, which would else gather them for every token."""
     if model.mesh is None:
         return model
     shardings = plan_sharding(model, model.mesh).shardings

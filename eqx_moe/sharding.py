@@ -295,14 +295,27 @@ def like_weights(tree: Any, plan: Plan) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def check_surroundings(tokens: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """The tokens of a model with a mesh, where such a model can run.
+
+    Raises:
+        ValueError: under `vmap`; where `jax.set_mesh` has set Explicit axes.
+    """
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        raise ValueError(
+            "A model with a mesh runs with Auto axes; `jax.set_mesh` has set Explicit ones here. Leave it out (the "
+            "model knows its mesh), or set `eqx_moe.sharding.check_mesh(mesh)`, the same with Auto axes."
+        )
+    return _refuse_vmap(tokens)
+
+
 @jax.custom_batching.custom_vmap
-def refuse_vmap(tokens: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
-    """The tokens of a sharded model, which cannot be mapped over: its rows are split over devices."""
+def _refuse_vmap(tokens: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
     return tokens
 
 
-@refuse_vmap.def_vmap
-def _refuse_vmap(axis_size: int, in_batched: Any, tokens: Any) -> Any:
+@_refuse_vmap.def_vmap
+def _(axis_size: int, in_batched: Any, tokens: Any) -> Any:
     raise ValueError(
         f"A model with a mesh cannot run under `vmap` (here over {axis_size} rows): its rows are split over devices. "
         "Give it the rows as a batch: `model(tokens)` takes tokens [batch, seq]."
@@ -322,7 +335,7 @@ def put(tree: Tree, mesh: Mesh | None, *, rows: bool = False) -> Tree:
 
     def place(x: Any) -> Any:
         sharding = rows_sharding(mesh, x.shape[0]) if rows else NamedSharding(mesh, PartitionSpec())
-        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
+        if isinstance(x, jax.Array) and x.sharding == sharding:
             return x
         if isinstance(x, jax.Array) and (x.is_fully_addressable == sharding.is_fully_addressable):
             return jax.device_put(x, sharding)

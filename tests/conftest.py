@@ -3,6 +3,9 @@ import pathlib
 
 import pytest
 
+# Simulated devices, for the tests of meshes; before anything loads JAX. Computing on one is not slower for it.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+
 
 @pytest.fixture
 def getkey():

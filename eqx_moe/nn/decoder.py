@@ -18,7 +18,7 @@ from eqx_moe.nn.mlp import MLP
 from eqx_moe.nn.moe import LayerRouting, MoE, RouterStats
 from eqx_moe.nn.norm import RMSNorm
 from eqx_moe.nn.rope import AbstractRope
-from eqx_moe.sharding import gather_weights, refuse_vmap, split_rows
+from eqx_moe.sharding import check_surroundings, gather_weights, split_rows
 
 
 class RouterOutput(eqx.Module):
@@ -123,7 +123,7 @@ class Decoder(eqx.Module):
         shape = tokens.shape
         tokens = tokens.reshape(-1, shape[-1])
         if self.mesh is not None:
-            tokens = split_rows(refuse_vmap(tokens), self.mesh)
+            tokens = split_rows(check_surroundings(tokens), self.mesh)
         if cache is not None and cache.segments.shape[0] != tokens.shape[0]:
             raise ValueError(f"`cache` is for {cache.segments.shape[0]} rows; got {tokens.shape[0]} rows of tokens.")
         if segment_ids is not None:
