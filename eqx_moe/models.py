@@ -69,12 +69,14 @@ def init(
     With a mesh every device draws its own part of them; the same key gives the same weights on every mesh.
     """
 
+    chosen = resolve(execution, mesh)
+
     def build(key: PRNGKeyArray) -> Decoder:
-        return family_of(config).build(config, key=key, dtype=jnp.dtype(dtype), execution=resolve(execution))
+        return family_of(config).build(config, key=key, dtype=jnp.dtype(dtype), execution=chosen)
 
     if mesh is None:
         return build(key)
-    model = dataclasses.replace(eqx.filter_eval_shape(build, key), mesh=check_mesh(mesh))
+    model = skeleton(config, dtype=dtype, mesh=mesh, execution=chosen)
     shardings = plan_sharding(model, mesh).shardings
     return replace_leaves(model, jax.jit(lambda key: leaf_paths(build(key)), out_shardings=shardings)(key))
 
@@ -87,7 +89,10 @@ def skeleton(
     execution: str | AbstractExecution | None = None,
 ) -> Decoder:
     """The model that `init` would make, with a `jax.ShapeDtypeStruct` for every weight: no memory, no time."""
-    model = eqx.filter_eval_shape(lambda: init(config, key=jax.random.key(0), dtype=dtype, execution=execution))
+    build, chosen = family_of(config).build, resolve(execution, mesh)
+    model = eqx.filter_eval_shape(
+        lambda: build(config, key=jax.random.key(0), dtype=jnp.dtype(dtype), execution=chosen)
+    )
     return model if mesh is None else dataclasses.replace(model, mesh=check_mesh(mesh))
 
 
@@ -105,7 +110,7 @@ def with_options(
         model = dataclasses.replace(model, mesh=check_mesh(mesh))
         shardings = plan_sharding(model, mesh).shardings
         model = replace_leaves(model, {p: jax.device_put(x, shardings[p]) for p, x in leaf_paths(model).items()})
-    chosen = resolve(execution)
+    chosen = resolve(execution, model.mesh)
     places = [i for i, layer in enumerate(model.layers) if layer.moe is not None]
     if not places:
         return model

@@ -23,8 +23,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-DATA, EXPERT, TENSOR = "data", "expert", "tensor"
-AXES = (DATA, EXPERT, TENSOR)
+AXES = ("data", "expert", "tensor")
+DATA, EXPERT, TENSOR = AXES
 
 #: In a rule: the axis `tensor`, but only in whole heads.
 HEADS = "heads"
@@ -60,20 +60,21 @@ RULES: dict[str, tuple[str | None, ...]] = {
 }
 
 AnyMesh = Mesh | AbstractMesh
+Mesh_ = TypeVar("Mesh_", Mesh, AbstractMesh)
 Tree = TypeVar("Tree")
 
 
-def check_mesh(mesh: AnyMesh) -> AnyMesh:
-    """The same mesh with Auto axes.
+def check_mesh(mesh: Mesh_) -> Mesh_:
+    """The same devices and axes, with axes of the type Auto. An axis that a mesh lacks counts as one of size 1.
 
     Raises:
-        ValueError: an axis has another name than `data`, `expert` and `tensor`.
+        ValueError: an axis that is not of `AXES`.
     """
-    unknown = [name for name in mesh.axis_names if name not in AXES]
+    unknown = sorted(set(mesh.axis_names) - set(AXES), key=str)
     if unknown:
         raise ValueError(
-            f"The axes of `mesh` must be among {list(AXES)}; got {list(mesh.axis_names)}, of which {unknown} are "
-            "unknown. An axis that is not needed may be left out."
+            f"`mesh` must have axes among {AXES}; got {unknown} among its {len(mesh.axis_names)} axes "
+            f"{mesh.axis_names}. Name them otherwise, as in `jax.make_mesh(shape, {AXES})`."
         )
     auto = (AxisType.Auto,) * len(mesh.axis_names)
     if isinstance(mesh, AbstractMesh):
@@ -180,8 +181,8 @@ def _place(path: str, leaf: Any, mesh: AnyMesh, head_dims: Mapping[str, int]) ->
             continue
         if axis == EXPERT:
             raise ValueError(
-                f"The axis `expert` of `mesh` must divide the experts; got {ways} devices along it and {size} experts "
-                f"({path}). Take a divisor of {size}."
+                f"`mesh` must have an axis {EXPERT!r} that divides the number of experts; got {ways} devices along it "
+                f"for {size} experts ({path}). Take a divisor of {size}."
             )
         spec.append(None)
         what = f"{size // unit} heads" if entry == HEADS else f"dimension {dimension} of {size}"

@@ -111,9 +111,15 @@ def _put(buffer: np.ndarray, start: int, shape: tuple[int, ...], sharding: Shard
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
         first, stop, _ = index[0].indices(shape[0])
-        return buffer[(slice(first - start, stop - start), *index[1:])]
+        view = buffer[(slice(first - start, stop - start), *index[1:])]
+        if view.shape == buffer.shape:
+            return buffer
+        # Apart from the buffer: a CPU device takes over what it is given, and would keep all of the buffer alive.
+        apart = aligned_empty(view.shape, view.dtype)
+        apart[...] = view
+        return apart
 
-    return jax.make_array_from_callback(shape, sharding, part)
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -40,6 +40,18 @@ class ExpertFunction(Protocol):
 
     def __call__(self, x: Float[Array, "*rows hidden"], linear: StackedLinear, /) -> Float[Array, "*rows hidden"]: ...
 
+    def partition(self, expert: str | None, tensor: str | None, /) -> "ExpertFunction":
+        """A `PartitionSpec` in place of every array: experts over the mesh axis `expert`, ffn over `tensor`.
+
+        Devices along `tensor` then each compute a part of the ffn dimension, and their outputs are summed.
+        """
+        ...
+
+    def share(self, parts: int, /) -> "ExpertFunction":
+        """The experts of one among `parts` devices whose outputs are summed: what is added to the output itself (a bias
+        of the last product) is divided by `parts`, all else is the same."""
+        ...
+
 
 class AbstractExecution(abc.ABC):
     """A way to run the experts. Final subclasses are frozen dataclasses of their options, without arrays."""

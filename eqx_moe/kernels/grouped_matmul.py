@@ -94,7 +94,9 @@ def _forward(x, weight, sizes, *, transpose: bool):
     tile_of, group_of, visits, starts, ends = _visits(sizes, rows, tile)
     x = _pad_rows(x, tile)
     contract = 0 if transpose else 1
-    out = jnp.zeros((x.shape[0], weight.shape[2 if transpose else 1]), jnp.result_type(x, weight))
+    # `zeros_like`: inside `shard_map`, zeros must differ by device as what they are replaced with does.
+    shape = (x.shape[0], weight.shape[2 if transpose else 1])
+    out = jnp.zeros_like(x, shape=shape, dtype=jnp.result_type(x, weight))
 
     def visit(i, out):
         at, group = tile_of[i], group_of[i]
@@ -128,5 +130,5 @@ def _weight_gradient(x, dy, sizes):
         before = lax.dynamic_index_in_dim(total, group, keepdims=False)
         return lax.dynamic_update_index_in_dim(total, before + product, group, axis=0)
 
-    total = jnp.zeros((groups, dy.shape[1], x.shape[1]), jnp.float32)
+    total = jnp.zeros_like(x, shape=(groups, dy.shape[1], x.shape[1]), dtype=jnp.float32)
     return lax.fori_loop(0, visits, visit, total)

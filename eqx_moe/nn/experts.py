@@ -2,6 +2,7 @@
 
 import equinox as eqx
 import jax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -25,6 +26,15 @@ class Experts(eqx.Module):
     @property
     def num_experts(self) -> int:
         return self.gate.shape[0]
+
+    def partition(self, expert: str | None, tensor: str | None) -> "Experts":
+        """A `PartitionSpec` in place of each stack: experts over the mesh axis `expert`, ffn over `tensor`."""
+        wide, narrow = PartitionSpec(expert, tensor), PartitionSpec(expert, None, tensor)
+        return eqx.tree_at(lambda e: (e.gate, e.up, e.down), self, (wide, wide, narrow))
+
+    def share(self, parts: int) -> "Experts":
+        """One of `parts` shares whose outputs are summed. There is no bias to share."""
+        return self
 
     def __call__(self, x: Float[Array, "*rows hidden"], linear: StackedLinear) -> Float[Array, "*rows hidden"]:
         """Rows through their experts; `linear` knows which expert a row belongs to, and how to multiply."""
