@@ -60,11 +60,11 @@ RULES: dict[str, tuple[str | None, ...]] = {
 }
 
 AnyMesh = Mesh | AbstractMesh
-Mesh_ = TypeVar("Mesh_", Mesh, AbstractMesh)
+MeshType = TypeVar("MeshType", bound=Mesh | AbstractMesh)
 Tree = TypeVar("Tree")
 
 
-def check_mesh(mesh: Mesh_) -> Mesh_:
+def check_mesh(mesh: MeshType) -> MeshType:
     """The same devices and axes, with axes of the type Auto. An axis that a mesh lacks counts as one of size 1.
 
     Raises:
@@ -77,9 +77,7 @@ def check_mesh(mesh: Mesh_) -> Mesh_:
             f"{mesh.axis_names}. Name them otherwise, as in `jax.make_mesh(shape, {AXES})`."
         )
     auto = (AxisType.Auto,) * len(mesh.axis_names)
-    if isinstance(mesh, AbstractMesh):
-        return AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=auto)
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
+    return mesh.update(axis_types=auto)
 
 
 @dataclasses.dataclass(frozen=True)
