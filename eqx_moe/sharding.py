@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import equinox as eqx
 import jax
@@ -60,11 +60,14 @@ RULES: dict[str, tuple[str | None, ...]] = {
 }
 
 AnyMesh = Mesh | AbstractMesh
-MeshType = TypeVar("MeshType", bound=Mesh | AbstractMesh)
 Tree = TypeVar("Tree")
 
 
-def check_mesh(mesh: MeshType) -> MeshType:
+@overload
+def check_mesh(mesh: Mesh) -> Mesh: ...
+@overload
+def check_mesh(mesh: AbstractMesh) -> AbstractMesh: ...
+def check_mesh(mesh: AnyMesh) -> AnyMesh:
     """The same devices and axes, with axes of the type Auto. An axis that a mesh lacks counts as one of size 1.
 
     Raises:
@@ -76,8 +79,7 @@ def check_mesh(mesh: MeshType) -> MeshType:
             f"`mesh` must have axes among {AXES}; got {unknown} among its {len(mesh.axis_names)} axes "
             f"{mesh.axis_names}. Name them otherwise, as in `jax.make_mesh(shape, {AXES})`."
         )
-    auto = (AxisType.Auto,) * len(mesh.axis_names)
-    return mesh.update(axis_types=auto)
+    return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -182,10 +182,18 @@ def test_loss_and_gradients_on_8_devices(on_one, family, shape):
     check_loss_and_gradients(on_one[family], meshes.mesh(shape))
 
 
-@pytest.mark.parametrize("names", [("data",), ("expert",), ("tensor",)], ids=str)
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.full)])
-def test_loss_and_gradients_on_fewer_devices(on_one, count, names):
-    check_loss_and_gradients(on_one["mixtral"], meshes.mesh((count,), names))
+@pytest.mark.parametrize(
+    "shape,names",
+    [
+        ((2,), ("expert",)),
+        ((2, 2), ("tensor", "data")),  # In an order of the user's own.
+        *(pytest.param((2,), (axis,), marks=pytest.mark.full) for axis in ("data", "tensor")),
+        *(pytest.param((4,), (axis,), marks=pytest.mark.full) for axis in meshes.AXES),
+    ],
+    ids=str,
+)
+def test_loss_and_gradients_on_fewer_devices(on_one, shape, names):
+    check_loss_and_gradients(on_one["mixtral"], meshes.mesh(shape, names))
 
 
 def check_loss_and_gradients(expected, mesh):
@@ -216,7 +224,7 @@ def test_what_fsdp_moves_are_weights():
     assert all(np.prod(shape, dtype=int) <= 1 for kind, shape in moved if kind == "all-reduce")
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (4, 1, 2)], ids=name)
+@pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((4, 1, 2), marks=pytest.mark.full)], ids=name)
 def test_greedy_generation_is_one_devices(on_one, shape):
     one = on_one["mixtral"][0]
     model = eqx_moe.with_options(one, mesh=meshes.mesh(shape))
@@ -244,11 +252,11 @@ def test_explicit_surroundings_are_refused():
 
 
 def test_training_on_a_mesh_is_training(on_one):
-    one, optimizer = on_one["mixtral"][0], train.adamw(1e-2, 3)
-    expected, history = train.fit(one, iter([meshes.batch(seed=i) for i in range(3)]), steps=3, optimizer=optimizer)
+    one, optimizer = on_one["llama"][0], train.adamw(1e-2, 3)
     model = eqx_moe.with_options(one, mesh=meshes.mesh((2, 2, 2)))
-    found, found_history = train.fit(
-        model, iter([meshes.batch(seed=i) for i in range(3)]), steps=3, optimizer=optimizer
+    (expected, history), (found, found_history) = (
+        train.fit(start, iter([meshes.batch(seed=i) for i in range(3)]), steps=3, optimizer=optimizer)
+        for start in (one, model)
     )
     for a, b in zip(found_history, history, strict=True):
         np.testing.assert_allclose([a[k] for k in b], list(b.values()), rtol=1e-4)

@@ -33,8 +33,7 @@ def main(folder: pathlib.Path, port: str, process: int, axes: tuple[str, ...], s
     with np.load(folder / "expected.npz") as file:
         expected = dict(file)
     check(leaf_paths(model), expected, "weight ", 0)
-    drawn = eqx_moe.init(meshes.MIXTRAL, key=jax.random.key(3), mesh=mesh)
-    check(leaf_paths(drawn), expected, "weight ", 0)
+    check(leaf_paths(eqx_moe.init(meshes.MIXTRAL, key=jax.random.key(3), mesh=mesh)), expected, "weight ", 0)
 
     batch = sharding.put(meshes.batch(), model.mesh, rows=True)
     (loss, metrics), gradients = value_and_grad(model, batch)
@@ -42,12 +41,13 @@ def main(folder: pathlib.Path, port: str, process: int, axes: tuple[str, ...], s
     np.testing.assert_allclose(metrics["aux_loss"], expected["aux_loss"], rtol=1e-6)
     check(leaf_paths(gradients), expected, "gradient ", 1e-5 * expected["largest"])
 
-    rows = eqx_moe.generate(model, expected["prompts"], 5, eos_ids=[])
-    assert rows == expected["rows"].tolist(), rows
+    if "prompts" in expected:
+        rows = eqx_moe.generate(model, expected["prompts"], 5, eos_ids=[])
+        assert rows == expected["rows"].tolist(), rows
 
-    tuned, history = train.fit(model, iter([meshes.batch()] * 2), steps=2, optimizer=train.adamw(1e-2, 2))
-    np.testing.assert_allclose([step["loss"] for step in history], expected["losses"], rtol=1e-5)
-    check(leaf_paths(tuned), expected, "tuned ", 1e-4)
+        tuned, history = train.fit(model, iter([meshes.batch()] * 2), steps=2, optimizer=train.adamw(1e-2, 2))
+        np.testing.assert_allclose([step["loss"] for step in history], expected["losses"], rtol=1e-5)
+        check(leaf_paths(tuned), expected, "tuned ", 1e-4)
 
     eqx_moe.save_pretrained(model, folder / "again", max_shard_size=30_000)
     # When the call returns, the folder is whole for every process.
