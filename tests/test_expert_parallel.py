@@ -1,15 +1,31 @@
 """Experts spread over simulated devices, against the dense oracle on one."""
 
 import dataclasses
+import functools
+import re
+from typing import ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from eqx_moe.execution import Dense, ExpertParallel, Grouped, Routing, resolve
+from eqx_moe.execution import (
+    AbstractExecution,
+    Dense,
+    ExpertParallel,
+    Grouped,
+    Routing,
+    expert_parallel,
+    resolve,
+    save_collectives,
+)
+from eqx_moe.execution.exchange import departures, ragged, seat_of, seats
 from eqx_moe.nn.experts import Experts
 from eqx_moe.sharding import AXES
 
@@ -83,21 +99,50 @@ def check(execution, shape, kinds=("random", "same", "padding"), experts=None):
         assert drops == 0
 
 
+@pytest.fixture(params=["ring", "all_to_all", "ragged_all_to_all"])
+def method(request, monkeypatch):
+    """Every method; the one that XLA lacks on CPU with a stand-in for the collective."""
+    if request.param == "ragged_all_to_all":
+        monkeypatch.setattr(expert_parallel, "_WITHOUT_RAGGED", ())
+        monkeypatch.setattr(lax, "ragged_all_to_all", emulated_ragged_all_to_all)
+        eqx.clear_caches()
+    return request.param
+
+
+def emulated_ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """What JAX's documentation says that the collective does, by gathering all that there is."""
+    gather = functools.partial(lax.all_gather, axis_name=axis_name)
+    operands, starts, sizes, places = (gather(each) for each in (operand, input_offsets, send_sizes, output_offsets))
+    me, row = lax.axis_index(axis_name), jnp.arange(len(output))
+    for sender in range(lax.axis_size(axis_name)):
+        place = row - places[sender, me]
+        sent = operands[sender][jnp.clip(starts[sender, me] + place, 0, len(operand) - 1)]
+        # If the two do not agree on a size, nothing comes.
+        here = (place >= 0) & (place < recv_sizes[sender]) & (recv_sizes[sender] == sizes[sender, me])
+        output = jnp.where(here.reshape(-1, *[1] * (output.ndim - 1)), sent, output)
+    return output
+
+
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_equals_dense_on_every_mesh(shape):
     check(ExpertParallel(make_mesh(shape)), ALL)
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 1), (1, 2, 4)], ids=str)
+def test_all_to_all_equals_dense(shape):
+    check(ExpertParallel(make_mesh(shape), method="all_to_all"), ALL)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("tokens", [ALL, SEQ, NOTHING], ids=str)
 @pytest.mark.parametrize("shape", ALL_MESHES, ids=str)
-def test_equals_dense_on_every_mesh_of_8_and_fewer(shape, tokens):
-    check(ExpertParallel(make_mesh(shape)), tokens)
+def test_equals_dense_on_every_mesh_of_8_and_fewer(shape, tokens, method):
+    check(ExpertParallel(make_mesh(shape), method=method), tokens)
 
 
 @pytest.mark.parametrize("tokens", [SEQ, NOTHING], ids=str)
-def test_tokens_that_no_axis_divides(tokens):
-    check(ExpertParallel(make_mesh((2, 4, 1))), tokens)
+def test_tokens_that_no_axis_divides(tokens, method):
+    check(ExpertParallel(make_mesh((2, 4, 1)), method=method), tokens)
 
 
 def test_ffn_that_tensor_does_not_divide_is_repeated():
@@ -194,7 +239,174 @@ def test_names_with_a_mesh():
         resolve("expert_parallel")
     with pytest.raises(ValueError, match="the same mesh.*'data': 2, 'expert': 4.*'data': 4, 'expert': 2"):
         resolve(ExpertParallel(mesh), make_mesh((4, 2, 1)))
-    with pytest.raises(ValueError, match="`method` must be one of .*; got 'telepathy'"):
-        ExpertParallel(mesh, method="telepathy")
     with pytest.raises(ValueError, match="`inner` must be an execution for one device"):
         ExpertParallel(mesh, inner=ExpertParallel(mesh))
+
+
+def test_names_of_methods_and_their_options():
+    mesh = make_mesh((2, 4, 1))
+    with pytest.raises(ValueError, match=r"\['ring', 'all_to_all', 'ragged_all_to_all'\]; got 'telepathy'"):
+        ExpertParallel(mesh, method="telepathy")
+    with pytest.raises(ValueError, match="does not exist on the platform of `mesh`, 'cpu'. Use 'ring' or"):
+        ExpertParallel(mesh, method="ragged_all_to_all")
+    for factor in (0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=rf"`factor` must be in \(0, inf\).*got {factor}"):
+            ExpertParallel(mesh, method="all_to_all", factor=factor)
+    with pytest.raises(ValueError, match="got factor=1.5 with method='ring'"):
+        ExpertParallel(mesh, factor=1.5)
+    with pytest.raises(ValueError, match="looks at whole rows, which `method='all_to_all'` takes apart"):
+        ExpertParallel(mesh, method="all_to_all", inner=Passes())
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes(AbstractExecution):
+    """Stands in for an execution that drops every pair and passes the block's input on instead; needs whole rows."""
+
+    by_row: ClassVar[bool] = True
+
+    def __call__(self, x, routing, experts, mask):
+        assert routing.num_experts == EXPERTS
+        real = routing.experts < experts.num_experts
+        row = jnp.sum(jnp.where(mask[..., None], x, 0), axis=1, keepdims=True)
+        y = (x + row) * jnp.sum(jnp.where(real, routing.weights, 0), axis=-1, keepdims=True) / routing.shares
+        return y, jnp.sum(real, dtype=jnp.int32)
+
+
+@pytest.mark.parametrize("tokens", [ALL, SEQ, NOTHING], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4, 1), (2, 2, 2)], ids=str)
+def test_an_inner_execution_that_drops_and_looks_at_whole_rows(shape, tokens):
+    """What it adds beside the experts' outputs is added once, and every drop counts once."""
+    case = make_case("padding", tokens)
+    inputs = (case.x, case.routing, case.mask, case.dy, make_experts())
+    found, drops = run(ExpertParallel(make_mesh(shape), inner=Passes()), *inputs)
+    x, mask, weights = (np.asarray(array) for array in (case.x, case.mask, case.routing.weights))
+    row = np.where(mask[..., None], x, 0).sum(1, keepdims=True)
+    expected = (x + row) * np.where(mask[..., None], weights, 0).sum(-1, keepdims=True)
+    assert np.abs(found[0] - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert drops == K * mask.sum()
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 1), (2, 2, 2)], ids=str)
+def test_a_factor_drops_what_does_not_fit_and_counts_it(shape):
+    """Each device keeps the first pairs for each receiver, first choices before second; the oracle is a loop."""
+    data, devices, _ = shape
+    factor = 0.8
+    for seed, kind in enumerate(["random", "same", "padding"]):
+        case, experts = make_case(kind, ALL, seed), make_experts()
+        batch, seq = ALL
+        rows = batch // (data * devices)
+        capacity = -(-8 * rows * seq * K // (10 * devices))
+        chosen, kept = np.asarray(case.routing.experts), []
+        for part in chosen.reshape(-1, rows * seq, K):
+            sent, keep = [0] * devices, np.full(part.shape, EXPERTS, np.int32)
+            for choice in range(K):
+                for token in range(len(part)):
+                    to = part[token, choice] // (EXPERTS // devices)
+                    if to < devices and sent[to] < capacity:
+                        sent[to] += 1
+                        keep[token, choice] = part[token, choice]
+            kept.append(keep)
+        kept = jnp.asarray(kept).reshape(batch, seq, K)
+        execution = ExpertParallel(make_mesh(shape), method="all_to_all", factor=factor)
+        found, drops = run(execution, case.x, case.routing, case.mask, case.dy, experts)
+        expected, _ = run(Dense(), case.x, Routing(kept, case.routing.weights), case.mask, case.dy, experts)
+        assert_equal(found, expected)
+        dropped = np.sum((chosen < EXPERTS) & (np.asarray(kept) == EXPERTS))
+        assert drops == dropped and (dropped > 0 or kind == "padding")
+
+
+queues = st.sampled_from([1, 3]).flatmap(
+    lambda devices: st.tuples(
+        st.just(devices),
+        st.lists(st.lists(st.integers(0, devices), min_size=7, max_size=7), min_size=devices, max_size=devices),
+    )
+)
+
+
+@given(queues, st.sampled_from([1, 4, 9]))
+@settings(max_examples=40, deadline=None)
+def test_seats_by_hand(case, places):
+    """Against a loop: the first of those who go to one device sit there, and the inverse finds them."""
+    devices, lists = case
+    to = jnp.asarray(lists[0])
+    queue = departures(to, devices)
+    pair, taken = seats(queue, places)
+    at, seated = seat_of(queue, to, places)
+    for device in range(devices):
+        first = [i for i, other in enumerate(lists[0]) if other == device][:places]
+        assert pair[device][: len(first)].tolist() == first
+        assert taken[device].tolist() == [True] * len(first) + [False] * (places - len(first))
+        assert at[jnp.asarray(first, int)].tolist() == [device * places + i for i in range(len(first))]
+    assert seated.sum() == taken.sum()
+
+
+@given(queues)
+@settings(max_examples=40, deadline=None)
+def test_ragged_plans_bring_every_row_there_and_back(case):
+    """A loop that follows the documentation of `jax.lax.ragged_all_to_all`, with rows that say who they are."""
+    devices, lists = case
+    queue = [departures(jnp.asarray(to), devices) for to in lists]
+    counts = jnp.stack([each.counts for each in queue])
+    plans = [jax.device_get(ragged(counts, me)) for me in range(devices)]
+
+    def exchange(rows, way, room):
+        out = [[None] * room for _ in range(devices)]
+        for sender in range(devices):
+            for receiver in range(devices):
+                plan = plans[sender][way]
+                start, size, at = (int(part[receiver]) for part in plan[:3])
+                assert size == plans[receiver][way].recv_sizes[sender]
+                assert out[receiver][at : at + size] == [None] * size, "rows overwrite each other"
+                out[receiver][at : at + size] = rows[sender][start : start + size]
+        return out
+
+    rows = [[(me, int(pair)) for pair in each.order] for me, each in enumerate(queue)]
+    arrived = exchange(rows, 0, 7 * devices)
+    for me, each in enumerate(arrived):
+        expected = [(s, pair) for s, to in enumerate(lists) for pair, device in enumerate(to) if device == me]
+        assert each == expected + [None] * (len(each) - len(expected))
+    for me, each in enumerate(exchange(arrived, 1, 7)):
+        going = int(counts[me].sum())
+        assert each == rows[me][:going] + [None] * (7 - going)
+
+
+def count_collectives(function, *args) -> int:
+    """Collectives that move tokens, in the jaxpr with all that it calls."""
+    jaxpr = str(jax.make_jaxpr(function)(*args))
+    return len(re.findall(r"\b(all_gather|reduce_scatter|all_to_all|ragged_all_to_all)\[", jaxpr))
+
+
+@pytest.mark.parametrize("method", ["ring", "all_to_all", "ragged_all_to_all"])
+def test_rematerialisation_sends_nothing_twice(method, monkeypatch):
+    monkeypatch.setattr(expert_parallel, "_WITHOUT_RAGGED", ())  # It is only traced.
+    case, experts = make_case("random", ALL), make_experts()
+    execution = ExpertParallel(make_mesh((2, 2, 2)), method=method)
+
+    def block(x, weights, experts):
+        y, _ = execution(jnp.sin(x), Routing(case.routing.experts, weights), experts, case.mask)
+        return jnp.sin(x + y)
+
+    def gradient(block):
+        return jax.grad(lambda *args: jnp.sum(block(*args) * case.dy), (0, 1, 2))
+
+    inputs = (case.x, case.routing.weights, experts)
+    kept, again = jax.checkpoint(block, policy=save_collectives), jax.checkpoint(block)
+    plain = count_collectives(gradient(block), *inputs)
+    assert count_collectives(gradient(kept), *inputs) <= plain < count_collectives(gradient(again), *inputs)
+    if method == "all_to_all":
+        assert_equal(*(jax.tree.leaves(jax.jit(gradient(each))(*inputs)) for each in (kept, block)))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_ragged_all_to_all_lowers_where_it_exists(platform, monkeypatch):
+    """The real collective and its gradient, for a platform that is not here."""
+    monkeypatch.setattr(expert_parallel, "_WITHOUT_RAGGED", ())
+    case, experts = make_case("random", ALL), make_experts()
+    execution = ExpertParallel(make_mesh((2, 2, 2)), method="ragged_all_to_all")
+
+    def value(x, experts):
+        return jnp.sum(execution(x, case.routing, experts, case.mask)[0])
+
+    lowered = jax.jit(jax.grad(value, (0, 1))).trace(case.x, experts).lower(lowering_platforms=(platform,))
+    # Rows and their experts there; cotangents of the results there, of the rows back. Nobody needs the results.
+    assert lowered.as_text().count("@ragged_all_to_all(") == 4

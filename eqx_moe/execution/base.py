@@ -1,7 +1,7 @@
 """What a router decides (`Routing`) and what carries it out (`AbstractExecution`)."""
 
 import abc
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import equinox as eqx
 from jaxtyping import Array, Bool, Float, Int
@@ -10,12 +10,20 @@ from jaxtyping import Array, Bool, Float, Int
 class Routing(eqx.Module):
     """Which experts each token visits, and how much each one counts. The k experts of a token are distinct.
 
-    The index `num_experts` is nowhere: such a pair (token, expert) is not run and adds nothing. Padding goes there, and
-    where experts are spread over devices, so does what another device runs.
+    The index `experts.num_experts` of the experts that a call is given is nowhere: such a pair (token, expert) is not
+    run and adds nothing. Padding goes there, and where experts are spread over devices, so does what another device
+    runs.
+
+    The two numbers are for an execution that is called with a part of a block, as on one device of many, such that the
+    sum over all calls is the block: `num_experts` is how many experts the whole block has (None: the call has them
+    all), and `shares` how many calls run the very same pairs, each with a part of every expert's ffn dimension. What an
+    execution adds beside the experts' outputs it divides by `shares`.
     """
 
     experts: Int[Array, "*tokens k"]
     weights: Float[Array, "*tokens k"]
+    num_experts: int | None = eqx.field(static=True, default=None)
+    shares: int = eqx.field(static=True, default=1)
 
 
 @runtime_checkable
@@ -55,6 +63,9 @@ class ExpertFunction(Protocol):
 
 class AbstractExecution(abc.ABC):
     """A way to run the experts. Final subclasses are frozen dataclasses of their options, without arrays."""
+
+    #: Whether what a token gets depends on the other tokens of its row: a row then has to stay in one piece.
+    by_row: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(

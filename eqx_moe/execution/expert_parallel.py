@@ -1,18 +1,25 @@
-"""Experts spread over a mesh of devices."""
+"""Experts spread over a mesh of devices.
+
+Everything here runs inside `jax.shard_map` with its check of which values differ between devices (`check_vma`), by
+which gradients are summed where they must be and nowhere else.
+"""
 
 import dataclasses
-from typing import TypeVar
+import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from eqx_moe.execution.base import AbstractExecution, ExpertFunction, Routing
+from eqx_moe.execution.exchange import departures, ragged, seat_of, seats
 from eqx_moe.execution.grouped import Grouped
-from eqx_moe.sharding import DATA, EXPERT, TENSOR, check_mesh
+from eqx_moe.execution.placement import Placement, like_input, sum_over
+from eqx_moe.sharding import EXPERT, check_mesh
 
 #: The names (`jax.ad_checkpoint.checkpoint_name`) of what collectives bring to the experts and back.
 DISPATCHED, COMBINED = "moe_dispatched", "moe_combined"
@@ -20,7 +27,10 @@ DISPATCHED, COMBINED = "moe_dispatched", "moe_combined"
 #: A policy for `jax.checkpoint`: what came out of a collective is kept, so that the backward pass sends nothing twice.
 save_collectives = jax.checkpoint_policies.save_only_these_names(DISPATCHED, COMBINED)
 
-Tree = TypeVar("Tree")
+_METHODS = ("ring", "all_to_all", "ragged_all_to_all")
+
+#: Platforms for which XLA has no `ragged_all_to_all` (jax 0.10 to 0.12).
+_WITHOUT_RAGGED = ("cpu",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,22 +41,51 @@ class ExpertParallel(AbstractExecution):
     splits the sequence; else its devices have the same tokens. An expert's matrices are split over `tensor` along ffn
     where that divides it, and repeated where not.
 
-    `ring`: the devices along `expert` gather each other's tokens, run their own experts on them, and scatter the sums.
+    `method` says how tokens and experts meet, on a mesh whose axis `expert` splits the tokens:
+
+    - `"ring"`: the devices along `expert` gather each other's tokens, run their own experts on them, and scatter the
+      sums.
+    - `"all_to_all"`: each device sends its tokens to those that hold their experts, in buffers of a fixed size. Without
+      a `factor` they hold the worst case, and nothing is dropped; with it ceil(factor * mean) pairs for each receiver,
+      the mean being all pairs / devices. What does not fit is dropped and counted; first choices of all tokens come
+      before second choices, earlier tokens before later ones.
+    - `"ragged_all_to_all"`: as before, but only what there is to send is sent. XLA has it on GPU and TPU, not on CPU.
+
+    Where the axis does not split the tokens, each device runs its own experts on all of them, whatever the method.
     Partial sums are added in the dtype of `x`.
 
-    `inner` is how one device runs its experts. An axis that the mesh lacks counts as one of size 1.
+    `inner` is how one device runs its experts. An axis that the mesh lacks counts as one of size 1. A mesh, or inputs,
+    with axes of the type Explicit are accepted too; the output then lies as `x` does.
     """
 
     mesh: Mesh
     method: str = "ring"
     inner: AbstractExecution = Grouped()
+    factor: float | int | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "mesh", check_mesh(self.mesh))
-        if self.method != "ring":
-            raise ValueError(f"`method` must be one of ['ring']; got {self.method!r}.")
+        if self.method not in _METHODS:
+            raise ValueError(f"`method` must be one of {list(_METHODS)}; got {self.method!r}.")
         if isinstance(self.inner, ExpertParallel):
             raise ValueError("`inner` must be an execution for one device; got an `ExpertParallel` in another.")
+        if self.inner.by_row and self.method != "ring":
+            raise ValueError(
+                f"`inner={self.inner}` looks at whole rows, which `method={self.method!r}` takes apart. Use 'ring'."
+            )
+        if self.factor is not None and self.method != "all_to_all":
+            raise ValueError(
+                f"`factor` is the size of the buffers of `method='all_to_all'`; got factor={self.factor} with "
+                f"method={self.method!r}, which has none."
+            )
+        if self.factor is not None and not 0 < self.factor < math.inf:
+            raise ValueError(f"`factor` must be in (0, inf), or None to drop nothing; got {self.factor}.")
+        platform = self.mesh.devices.flat[0].platform
+        if self.method == "ragged_all_to_all" and platform in _WITHOUT_RAGGED:
+            raise ValueError(
+                f"`method='ragged_all_to_all'` does not exist on the platform of `mesh`, {platform!r}. Use 'ring' or "
+                "'all_to_all'."
+            )
 
     def __call__(
         self,
@@ -55,8 +94,8 @@ class ExpertParallel(AbstractExecution):
         experts: ExpertFunction,
         mask: Bool[Array, "batch seq"],
     ) -> tuple[Float[Array, "batch seq hidden"], Int[Array, ""]]:
-        mesh = _like_input(self.mesh, x)
-        placement = _Placement.of(mesh, x.shape[0], x.shape[1], experts)
+        mesh = like_input(self.mesh, x)
+        placement = Placement.of(mesh, x.shape[0], x.shape[1], experts)
         inputs = (x, routing.experts, routing.weights, mask, experts)
         tokens = placement.tokens
         specs = (tokens, tokens, tokens, tokens, placement.experts)
@@ -65,124 +104,108 @@ class ExpertParallel(AbstractExecution):
             inputs = jax.tree.map(lambda leaf, spec: jax.reshard(leaf, NamedSharding(mesh, spec)), inputs, specs)
 
         def local(x, chosen, weights, mask, experts):
-            return _ring(self.inner, placement, x, Routing(chosen, weights), experts, mask)
+            experts = placement.vary(experts, placement.experts).share(placement.tensor_shards)
+            arrays = placement.vary((x, chosen, weights, mask), (tokens, tokens, tokens, tokens))
+            if placement.split is None or self.method == "ring":
+                y, drops = _ring(self.inner, placement, *arrays, experts)
+            elif self.method == "all_to_all":
+                y, drops = _all_to_all(self.inner, placement, self.factor, *arrays, experts)
+            else:
+                y, drops = _ragged_all_to_all(self.inner, placement, *arrays, experts)
+            return y, placement.sum_drops(drops, like=arrays[0])
 
         y, drops = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(tokens, PartitionSpec()))(*inputs)
         # With Explicit axes an output has to lie as what it is added to.
         return (jax.reshard(y, NamedSharding(mesh, jax.typeof(x).sharding.spec)) if explicit else y), drops
 
 
-@dataclasses.dataclass(frozen=True)
-class _Placement:
-    """How the arrays of one call lie on the mesh."""
-
-    #: The axes that split the tokens, [batch, seq].
-    tokens: PartitionSpec
-    #: For each array of the experts the axes that split it.
-    experts: PyTree[PartitionSpec]
-    #: Which axis of [batch, seq] is split over `expert`; None if each device along it has the same tokens.
-    split: int | None
-    #: The mesh's axes, or () where the mesh lacks them or where all devices along them do the same.
-    data: tuple[str, ...]
-    expert: tuple[str, ...]
-    tensor: tuple[str, ...]
-    tensor_shards: int
-
-    @classmethod
-    def of(cls, mesh: Mesh, batch: int, seq: int, experts: ExpertFunction) -> "_Placement":
-        data, expert, tensor = (mesh.shape.get(axis, 1) for axis in (DATA, EXPERT, TENSOR))
-        if experts.num_experts % expert:
-            raise ValueError(
-                f"`mesh` must have an axis {EXPERT!r} that divides the number of experts; got {expert} devices along "
-                f"it for {experts.num_experts} experts."
-            )
-        name = {axis: axis if axis in mesh.shape else None for axis in (EXPERT, TENSOR)}
-        specs = experts.partition(name[EXPERT], name[TENSOR])
-        split_over_tensor = TENSOR in mesh.shape and _divides(specs, experts, tensor)
-        if not split_over_tensor:
-            specs = experts.partition(name[EXPERT], None)
-        along_data = (DATA,) if DATA in mesh.shape and batch % data == 0 else ()
-        along_expert = (EXPERT,) if EXPERT in mesh.shape else ()
-        rows = batch // data if along_data else batch
-        split = None
-        if along_expert:
-            split = 0 if rows % expert == 0 else 1 if seq % expert == 0 else None
-        return cls(
-            tokens=PartitionSpec(along_data + (along_expert if split == 0 else ()), along_expert if split == 1 else ()),
-            experts=specs,
-            split=split,
-            data=along_data,
-            expert=along_expert,
-            tensor=(TENSOR,) if split_over_tensor else (),
-            tensor_shards=tensor if split_over_tensor else 1,
-        )
-
-    def vary(self, tree: Tree, specs: PyTree[PartitionSpec]) -> Tree:
-        """Marks arrays as different on all devices that do different work; gradients are then summed over these."""
-        axes = self.data + self.expert + self.tensor
-
-        def leaf(value, spec):
-            missing = tuple(axis for axis in axes if axis not in _axes_of(spec))
-            return lax.pcast(value, missing, to="varying") if missing else value
-
-        return jax.tree.map(leaf, tree, specs)
-
-    def local_choices(self, chosen: Int[Array, "*tokens k"], experts: int) -> Int[Array, "*tokens k"]:
-        """Indices into the experts of this device, of which there are `experts`; those of others go nowhere."""
-        if not self.expert:
-            return chosen
-        local = chosen - lax.axis_index(EXPERT) * experts
-        return jnp.where((local >= 0) & (local < experts), local, experts)
-
-    def sum_drops(self, drops: Int[Array, ""], like: Array) -> Int[Array, ""]:
-        """The drops of all devices; `like` is any array that `vary` has marked."""
-        drops = drops + jnp.zeros_like(like, shape=(), dtype=drops.dtype)
-        # Devices along `tensor` drop the same pairs.
-        return _sum(drops, self.data + self.expert + self.tensor) // self.tensor_shards
-
-
-def _sum(value: Float[Array, "..."] | Int[Array, ""], axes: tuple[str, ...]):
-    return lax.psum(value, axes) if axes else value
-
-
-def _axes_of(spec: PartitionSpec) -> set[str]:
-    entries = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
-    return {axis for entry in entries for axis in entry if axis is not None}
-
-
-def _divides(specs: PyTree[PartitionSpec], experts: ExpertFunction, tensor: int) -> bool:
-    """Whether every axis that is to be split over `tensor` can be."""
-
-    def leaf(spec, value):
-        return all(size % tensor == 0 for entry, size in zip(spec, value.shape, strict=False) if entry == TENSOR)
-
-    return all(jax.tree.leaves(jax.tree.map(leaf, specs, experts)))
-
-
-def _like_input(mesh: Mesh, x: Array) -> Mesh:
-    """The mesh with axes of the type that the caller works with: Explicit if `x` is placed so, or the context says so.
-
-    Auto and Explicit do not mix: with the wrong type, JAX refuses either the call or the cotangent of its result.
-    """
-    seen = (jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.mesh)
-    if any(AxisType.Explicit in other.axis_types for other in seen):
-        return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
-    return mesh
-
-
-def _ring(inner: AbstractExecution, placement: _Placement, x, routing: Routing, experts: ExpertFunction, mask):
+def _ring(inner: AbstractExecution, placement: Placement, x, chosen, weights, mask, experts: ExpertFunction):
     """All arrays are this device's part. Gather over `expert`, run the own experts, scatter the sums."""
-    tokens = placement.tokens
-    experts = placement.vary(experts, placement.experts).share(placement.tensor_shards)
-    arrays = placement.vary((x, routing.experts, routing.weights, mask), (tokens, tokens, tokens, tokens))
     if placement.split is not None:
-        arrays = lax.all_gather(arrays, EXPERT, axis=placement.split, tiled=True)
-    x, chosen, weights, mask = checkpoint_name(arrays, DISPATCHED)
+        gathered = lax.all_gather((x, chosen, weights, mask), EXPERT, axis=placement.split, tiled=True)
+        x, chosen, weights, mask = checkpoint_name(gathered, DISPATCHED)
     visits = placement.local_choices(chosen, experts.num_experts)
-    y, drops = inner(x, Routing(visits, weights), experts, mask)
+    routing = Routing(visits, weights, placement.num_experts, placement.tensor_shards)
+    y, drops = inner(x, routing, experts, mask)
     if placement.split is None:
-        y = _sum(y, placement.expert + placement.tensor)
+        y = sum_over(y, placement.expert + placement.tensor)
     else:
         y = lax.psum_scatter(y, EXPERT, scatter_dimension=placement.split, tiled=True)
-        y = _sum(y, placement.tensor)
-    return checkpoint_name(y, COMBINED), placement.sum_drops(drops, x)
+        y = sum_over(y, placement.tensor)
+    return checkpoint_name(y, COMBINED), drops
+
+
+def _pairs(placement: Placement, chosen: Int[Array, "batch seq k"], local_experts: int):
+    """First choices of all tokens, then their second choices: the expert of each pair, and the device that holds it."""
+    expert = chosen.reshape(-1, chosen.shape[-1]).T.reshape(-1)
+    # Nowhere, the number of all experts, becomes the number of devices.
+    return expert, expert // local_experts
+
+
+def _run_received(inner: AbstractExecution, placement: Placement, rows, expert, weights, experts: ExpertFunction):
+    """The own experts on rows that came for them; an `expert` past the last marks a row that is none."""
+    expert = jnp.minimum(expert, experts.num_experts)[None, :, None]
+    ones = jnp.ones_like(expert, dtype=weights.dtype)
+    routing = Routing(expert, ones, placement.num_experts, placement.tensor_shards)
+    y, drops = inner(rows[None], routing, experts, expert[..., 0] < experts.num_experts)
+    return y[0], drops
+
+
+def _combine(y: Float[Array, "pairs hidden"], ran: Bool[Array, " pairs"], weights, x):
+    """Sum over the choices of each token."""
+    k = weights.shape[-1]
+    y = jnp.where(ran[:, None], y, 0).reshape(k, -1, x.shape[-1]).astype(weights.dtype)
+    weights = jnp.where(ran.reshape(k, -1), weights.reshape(-1, k).T, 0)
+    return jnp.einsum("kt,kth->th", weights, y).astype(x.dtype).reshape(x.shape)
+
+
+def _all_to_all(
+    inner: AbstractExecution, placement: Placement, factor, x, chosen, weights, mask, experts: ExpertFunction
+):
+    """All arrays are this device's part. Send rows to their experts in buffers of one size, and the results back."""
+    devices, tokens, k = placement.expert_shards, mask.size, chosen.shape[-1]
+    # The choices of a token are distinct: no more of them meet on one device than it has experts.
+    places = tokens * min(k, experts.num_experts)
+    if factor is not None:
+        places = min(places, math.ceil(Fraction(str(factor)) * tokens * k / devices))
+    expert, to = _pairs(placement, chosen, experts.num_experts)
+    queue = departures(to, devices)
+    pair, taken = seats(queue, places)
+    rows = jnp.where(taken[..., None], x.reshape(tokens, -1)[pair % tokens], 0)
+    theirs = jnp.where(taken, expert[pair] - jnp.arange(devices)[:, None] * experts.num_experts, experts.num_experts)
+    sent = lax.all_to_all((rows, theirs), EXPERT, split_axis=0, concat_axis=0, tiled=True)
+    rows, mine = checkpoint_name(sent, DISPATCHED)
+
+    y, drops = _run_received(inner, placement, rows.reshape(-1, rows.shape[-1]), mine.reshape(-1), weights, experts)
+    y = lax.all_to_all(y.reshape(rows.shape), EXPERT, split_axis=0, concat_axis=0, tiled=True)
+    y = checkpoint_name(y, COMBINED).reshape(-1, rows.shape[-1])
+    at, seated = seat_of(queue, to, places)
+    y = sum_over(_combine(y[at], seated, weights, x), placement.tensor)
+    return checkpoint_name(y, COMBINED), drops + jnp.sum((to < devices) & ~seated, dtype=jnp.int32)
+
+
+def _ragged_all_to_all(
+    inner: AbstractExecution, placement: Placement, x, chosen, weights, mask, experts: ExpertFunction
+):
+    """All arrays are this device's part. Send rows to their experts, as many as there are, and the results back."""
+    devices, tokens, k = placement.expert_shards, mask.size, chosen.shape[-1]
+    expert, to = _pairs(placement, chosen, experts.num_experts)
+    queue = departures(to, devices)
+    me = lax.axis_index(EXPERT)
+    counts = checkpoint_name(lax.all_gather(queue.counts, EXPERT), DISPATCHED)
+    there, back = ragged(counts, me)
+    room = devices * tokens * min(k, experts.num_experts)
+    # Outputs start from `zeros_like`, so that they differ by device as what is written into them does.
+    rows = x.reshape(tokens, -1)[queue.order % tokens]
+    received = jnp.zeros_like(rows, shape=(room, rows.shape[-1]))
+    received = lax.ragged_all_to_all(rows, received, *there, axis_name=EXPERT)
+    nobody = jnp.full_like(expert, placement.num_experts, shape=room)
+    mine = lax.ragged_all_to_all(expert[queue.order], nobody, *there, axis_name=EXPERT)
+    received, mine = checkpoint_name((received, mine), DISPATCHED)
+
+    mine = placement.local_choices(mine, experts.num_experts)
+    y, drops = _run_received(inner, placement, received, mine, weights, experts)
+    y = lax.ragged_all_to_all(y, jnp.zeros_like(rows), *back, axis_name=EXPERT)
+    y = checkpoint_name(y, COMBINED)[jnp.argsort(queue.order)]
+    y = sum_over(_combine(y, to < devices, weights, x), placement.tensor)
+    return checkpoint_name(y, COMBINED), drops
