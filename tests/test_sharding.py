@@ -196,6 +196,32 @@ def test_loss_and_gradients_on_fewer_devices(on_one, shape, names):
     check_loss_and_gradients(on_one["mixtral"], meshes.mesh(shape, names))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("rows", [1, 5, 6, 12])
+def test_rows_that_the_mesh_does_not_divide(on_one, rows):
+    one, batch = on_one["mixtral"][0], meshes.batch(rows=rows)
+    model = eqx_moe.with_options(one, mesh=meshes.mesh((2, 4), ("data", "expert")))
+    (expected, gradients), (found, found_gradients) = (value_and_grad(m, batch) for m in (one, model))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    assert_close(found_gradients, gradients)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("execution", ["dense", "grouped"])
+def test_jitter_and_other_executions(execution):
+    """The noise is the same however the rows are spread."""
+    config = dataclasses.replace(meshes.MIXTRAL, router_jitter_noise=0.3)
+    one = eqx_moe.init(config, key=jax.random.key(3), execution=execution)
+    model = eqx_moe.with_options(one, mesh=meshes.mesh((2, 2, 2)), execution=execution)
+    key = jax.random.key(7)
+    (expected, gradients), (found, found_gradients) = (value_and_grad(m, meshes.batch(), key) for m in (one, model))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    assert_close(found_gradients, gradients)
+    step = train.make_step(train.adamw(1e-2, 3))
+    metrics = step(model, train.init_optimizer(train.adamw(1e-2, 3), model), meshes.batch(), key)[2]
+    np.testing.assert_allclose(metrics["loss"], expected[0], rtol=1e-6)
+
+
 def check_loss_and_gradients(expected, mesh):
     one, (loss, metrics), gradients = expected
     model = eqx_moe.with_options(one, mesh=mesh)
@@ -205,6 +231,8 @@ def check_loss_and_gradients(expected, mesh):
         np.testing.assert_allclose(found_metrics[key], metrics[key], rtol=1e-5)
     assert_close(found_gradients, gradients)
     assert placed_as_planned(found_gradients)
+    unknown = eqx.tree_at(lambda batch: batch.tokens, meshes.batch(), meshes.batch().tokens.at[5, 7].set(56))
+    assert np.isnan(value_and_grad(model, unknown)[0][0])
 
 
 def test_what_fsdp_moves_are_weights():
