@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import meshes
 import numpy as np
+import optax
 import pytest
 from cases import CASES
 from hypothesis import given
@@ -280,7 +281,8 @@ def test_explicit_surroundings_are_refused():
 
 
 def test_training_on_a_mesh_is_training(on_one):
-    one, optimizer = on_one["llama"][0], train.adamw(1e-2, 3)
+    # Not Adam: it divides gradients by their size, and where they are all but zero that shows rounding.
+    one, optimizer = on_one["llama"][0], optax.sgd(0.1, momentum=0.9)
     model = eqx_moe.with_options(one, mesh=meshes.mesh((2, 2, 2)))
     (expected, history), (found, found_history) = (
         train.fit(start, iter([meshes.batch(seed=i) for i in range(3)]), steps=3, optimizer=optimizer)
@@ -288,7 +290,7 @@ def test_training_on_a_mesh_is_training(on_one):
     )
     for a, b in zip(found_history, history, strict=True):
         np.testing.assert_allclose([a[k] for k in b], list(b.values()), rtol=1e-4)
-    assert_close(found, expected, 1e-4)
+    assert_close(found, expected)
     assert placed_as_planned(found) and same(model, one)
 
 
@@ -327,8 +329,6 @@ def test_evaluation_on_a_mesh(on_one):
 
 def test_factored_optimizers_have_states_of_other_shapes():
     """Adafactor's rows and columns do not have their weight's shape: they are whole on every device."""
-    import optax
-
     model = eqx_moe.init(meshes.LLAMA, key=jax.random.key(0), mesh=meshes.mesh((2,), ("data",)))
     state = train.init_optimizer(optax.adafactor(1e-3, min_dim_size_to_factor=8), model)
     assert all(isinstance(leaf.sharding, NamedSharding) for leaf in jax.tree.leaves(state))

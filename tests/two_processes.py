@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import meshes
 import numpy as np
+import optax
 
 import eqx_moe
 from eqx_moe import sharding, train
@@ -45,9 +46,9 @@ def main(folder: pathlib.Path, port: str, process: int, axes: tuple[str, ...], s
         rows = eqx_moe.generate(model, expected["prompts"], 5, eos_ids=[])
         assert rows == expected["rows"].tolist(), rows
 
-        tuned, history = train.fit(model, iter([meshes.batch()] * 2), steps=2, optimizer=train.adamw(1e-2, 2))
+        tuned, history = train.fit(model, iter([meshes.batch()] * 2), steps=2, optimizer=optax.sgd(0.1, momentum=0.9))
         np.testing.assert_allclose([step["loss"] for step in history], expected["losses"], rtol=1e-5)
-        check(leaf_paths(tuned), expected, "tuned ", 1e-4)
+        check(leaf_paths(tuned), expected, "tuned ", 1e-5)
 
     eqx_moe.save_pretrained(model, folder / "again", max_shard_size=30_000)
     # When the call returns, the folder is whole for every process.
