@@ -20,6 +20,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
@@ -214,11 +215,11 @@ def rows_sharding(mesh: AnyMesh, rows: int, *others: str | None) -> NamedShardin
 
 
 def cache_sharding(mesh: Mesh | None, rows: int, kv_heads: int) -> NamedSharding | None:
-    """Where the keys and values of a cache go, [rows, length, kv_heads, head_dim]."""
+    """Where the keys and values of a cache go, [rows, kv_heads, length, head_dim]."""
     if mesh is None:
         return None
     whole = kv_heads % mesh.shape.get(TENSOR, 1) or TENSOR not in mesh.shape
-    return rows_sharding(mesh, rows, None, None if whole else TENSOR)
+    return rows_sharding(mesh, rows, None if whole else TENSOR)
 
 
 def split_rows(tree: Tree, mesh: Mesh | None) -> Tree:
@@ -336,6 +337,8 @@ def put(tree: Tree, mesh: Mesh | None, *, rows: bool = False) -> Tree:
 
     def place(x: Any) -> Any:
         sharding = rows_sharding(mesh, x.shape[0]) if rows else NamedSharding(mesh, PartitionSpec())
+        if isinstance(x, Tracer):
+            return jax.lax.with_sharding_constraint(x, sharding)
         if isinstance(x, jax.Array) and x.sharding == sharding:
             return x
         if isinstance(x, jax.Array) and (x.is_fully_addressable == sharding.is_fully_addressable):

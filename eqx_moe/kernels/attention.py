@@ -1,44 +1,169 @@
-"""Masked attention over places in a row."""
+"""Causal attention over places in a row: the definition, and the choice among the ways to compute it."""
+
+import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from eqx_moe.kernels.flash import CHUNK, LOWEST, flash_attention, visible
 
 
-def attention_mask(
-    query_places: Int[Array, " queries"],
-    key_places: Int[Array, " keys"],
-    query_segments: Int[Array, "batch queries"],
-    key_segments: Int[Array, "batch keys"],
-    window: int | None,
-) -> Bool[Array, "batch queries keys"]:
-    """Which keys a query sees: those at or before its place, less than `window` places back, and in its segment.
+def attention_oracle(
+    q: Float[Array, "batch heads queries head_dim"],
+    k: Float[Array, "batch kv_heads keys head_dim"],
+    v: Float[Array, "batch kv_heads keys value_dim"],
+    *,
+    scale: float,
+    start: Int[Array, ""] | None = None,
+    window: int | None = None,
+    query_segments: Int[Array, "batch queries"] | None = None,
+    key_segments: Int[Array, "batch keys"] | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+) -> Float[Array, "batch heads queries value_dim"]:
+    """Scaled dot-product attention; query head h reads key-value head `h // (heads / kv_heads)`.
 
-    A window of W thus holds W keys, the query's own among them.
+    Scores and softmax are float32, the result has the dtype of `q`. A query that sees no key gets zeros. All scores are
+    there at once: the definition to test against, and the faster way for short rows.
+
+    Args:
+        q, k, v: heads before places. Key j stands at place j of the row.
+        scale: what the products of queries and keys are multiplied with.
+        start: the place of the first query, the others follow; None is place 0.
+        window: a query sees the last `window` places, its own included; None sees all before it.
+        query_segments, key_segments: a query sees only keys of its own segment. None: everything is one segment.
+        sinks: one logit per query head that takes part in the softmax and adds no value (Xiao et al. 2023; learned in
+            gpt-oss, transformers `modeling_gpt_oss.py`).
     """
-    back = query_places[:, None] - key_places[None, :]
-    near = back >= 0 if window is None else (back >= 0) & (back < window)
-    return near & (query_segments[:, :, None] == key_segments[:, None, :])
+    batch, heads, queries, _ = q.shape
+    q = q.reshape(batch, k.shape[1], -1, *q.shape[2:])
+    scores = jnp.einsum("bgrqd,bgkd->bgrqk", q, k, preferred_element_type=jnp.float32) * scale
+    places = jnp.arange(queries) + (0 if start is None else start)
+    scores = jnp.where(visible(places, jnp.arange(k.shape[2]), window, query_segments, key_segments), scores, -jnp.inf)
+    weights, total = _softmax_parts(scores, sinks)
+    out = jnp.einsum("bgrqk,bgkd->bgrqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+    return out.astype(q.dtype).reshape(batch, heads, queries, v.shape[-1])
 
 
 def attention(
-    q: Float[Array, "batch queries heads head_dim"],
-    k: Float[Array, "batch keys kv_heads head_dim"],
-    v: Float[Array, "batch keys kv_heads head_dim"],
-    mask: Bool[Array, "batch queries keys"],
+    q: Float[Array, "batch heads queries head_dim"],
+    k: Float[Array, "batch kv_heads keys head_dim"],
+    v: Float[Array, "batch kv_heads keys value_dim"],
     *,
     scale: float,
-) -> Float[Array, "batch queries heads head_dim"]:
-    """Scaled dot-product attention; query head h reads key-value head `h // (heads / kv_heads)`.
+    start: Int[Array, ""] | None = None,
+    window: int | None = None,
+    query_segments: Int[Array, "batch queries"] | None = None,
+    key_segments: Int[Array, "batch keys"] | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+) -> Float[Array, "batch heads queries value_dim"]:
+    """What `attention_oracle` computes, in the way that is the fastest for these shapes on this platform.
 
-    Scores and softmax are float32, the result has the dtype of `q`. A query that sees no key gets the mean of all
-    values: finite, and of no use. Memory grows with queries x keys.
+    Raises:
+        ValueError: arguments that do not fit each other.
     """
-    batch, queries, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    q = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("bqgrd,bkgd->bgrqk", q, k, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bgrqk,bkgd->bqgrd", weights, v, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype).reshape(batch, queries, heads, head_dim)
+    _check(q, k, start, window, query_segments, key_segments)
+    given: dict[str, Any] = dict(scale=scale, start=start, window=window, sinks=sinks)
+    given |= dict(query_segments=query_segments, key_segments=key_segments)
+    plain = start is None and query_segments is None and sinks is None and q.shape[-1] == v.shape[-1]
+    match choose(*_platform(), q.dtype, q.shape[2], k.shape[2], q.shape[-1], plain):
+        case "dense":
+            return attention_oracle(q, k, v, **given)
+        case "flash":
+            return flash_attention(q, k, v, **given)
+        case "one_query":
+            return _one_query(q, k, v, **given)
+        case "cudnn":
+            cudnn = functools.partial(_cudnn, scale=scale, window=window)
+            flash = functools.partial(flash_attention, scale=scale, window=window)
+            # A machine with a GPU may also compute on its CPU.
+            return lax.platform_dependent(q, k, v, cuda=cudnn, default=flash)
+
+
+def choose(
+    platform: str, capability: float, dtype: DTypeLike, queries: int, keys: int, head_dim: int, plain: bool
+) -> Literal["dense", "flash", "one_query", "cudnn"]:
+    """How `attention` is computed. `plain`: the keys are the queries' own, all in one segment, and there are no sinks.
+
+    cuDNN's kernel takes half precision, on NVIDIA GPUs from compute capability 8.0 on, and head sizes that are
+    multiples of 8, up to 128 or from 9.0 on up to 256. It knows segments only as a bias of queries x keys, and a sink
+    put around it would have a wrong gradient.
+    """
+    if platform == "cuda" and plain and capability >= 8.0 and jnp.dtype(dtype) in (jnp.float16, jnp.bfloat16):
+        if head_dim % 8 == 0 and head_dim <= (256 if capability >= 9.0 else 128):
+            return "cudnn"
+    if queries == 1:
+        return "one_query" if platform == "cpu" else "dense"
+    # Up to one chunk there is nothing to skip; beyond that chunks are faster (measured on CPU, float32).
+    return "dense" if max(queries, keys) <= CHUNK else "flash"
+
+
+def _platform() -> tuple[str, float]:
+    """Where JAX computes by default, `cuda` for NVIDIA GPUs, and their compute capability."""
+    device = jax.local_devices()[0]
+    if device.device_kind.startswith("NVIDIA"):
+        return "cuda", float(device.compute_capability)
+    return device.platform, 0.0
+
+
+def _check(q, k, start, window, query_segments, key_segments) -> None:
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"Key-value heads must divide the query heads; got {k.shape[1]} and {q.shape[1]}.")
+    if start is None and q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"Without `start`, keys are the queries' own; got {q.shape[2]} queries and {k.shape[2]} keys. "
+            "Pass the place of the first query."
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"`window` must be at least 1, the query's own place, or None; got {window}.")
+    if (query_segments is None) != (key_segments is None):
+        raise ValueError("`query_segments` and `key_segments` go together; got one of them.")
+
+
+def _softmax_parts(scores, sinks):
+    """Unnormalised weights of scores [batch, kv_heads, group, queries, keys], and what to divide their values by."""
+    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), LOWEST)
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(*scores.shape[1:3], 1, 1)
+        top = jnp.maximum(top, sinks)
+    top = lax.stop_gradient(top)
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sinks is not None:
+        total += jnp.exp(sinks - top)
+    return weights, jnp.where(total == 0, 1.0, total)
+
+
+def _one_query(q, k, v, *, scale, start, window, query_segments, key_segments, sinks):
+    """`attention_oracle` for one query per row, one query head of each group after the other.
+
+    XLA's CPU back end streams keys at the speed of memory through products of a matrix with one vector; products with
+    two or more are up to three times slower, though they read the same.
+    """
+    batch, heads, _, head_dim = q.shape
+    kv_heads = k.shape[1]
+    q = q.reshape(batch, kv_heads, -1, head_dim)
+    products = [
+        jnp.einsum("bgd,bgkd->bgk", q[:, :, r], k, preferred_element_type=jnp.float32) for r in range(q.shape[2])
+    ]
+    place = jnp.zeros(1, jnp.int32) if start is None else start[None]
+    seen = visible(place, jnp.arange(k.shape[2]), window, query_segments, key_segments)
+    weights, total = _softmax_parts(jnp.where(seen, jnp.stack(products, 2)[:, :, :, None] * scale, -jnp.inf), sinks)
+    weights = weights[:, :, :, 0].astype(v.dtype)
+    values = [
+        jnp.einsum("bgk,bgkd->bgd", weights[:, :, r], v, preferred_element_type=jnp.float32) for r in range(q.shape[2])
+    ]
+    out = jnp.stack(values, 2) / total[:, :, :, 0]
+    return out.astype(q.dtype).reshape(batch, heads, 1, v.shape[-1])
+
+
+def _cudnn(q, k, v, *, scale: float, window: int | None):
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    local = None if window is None else (window - 1, 0)
+    out = jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, local_window_size=local, implementation="cudnn"
+    )
+    return out.swapaxes(1, 2)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from eqx_moe.kernels.attention import attention, attention_mask
+from eqx_moe.kernels.attention import attention
 from eqx_moe.nn.cache import LayerCache
 from eqx_moe.nn.linear import Linear
 from eqx_moe.nn.norm import RMSNorm
@@ -16,13 +16,14 @@ from eqx_moe.nn.rope import AbstractRope, rotate
 class Rows(eqx.Module):
     """Where the tokens of one call stand, the same for every layer.
 
-    `key_*` describe what attention reads: the tokens themselves, or with a cache all its places.
+    Without a cache `start` is None and attention reads the tokens themselves; with one the first token stands at
+    `start`, and attention reads all places of the cache. `key_segments` are the segments of what it reads; None: they
+    are all in one segment, and none is padding.
     """
 
-    places: Int[Array, " seq"]
     segments: Int[Array, "batch seq"]
-    key_places: Int[Array, " keys"]
-    key_segments: Int[Array, "batch keys"]
+    start: Int[Array, ""] | None
+    key_segments: Int[Array, "batch keys"] | None
 
 
 class Attention(eqx.Module):
@@ -82,12 +83,22 @@ class Attention(eqx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, tables), rotate(k, tables)
+        q, k, v = (heads.swapaxes(1, 2) for heads in (q, k, v))
         if cache is not None:
-            cache = cache.write(k, v, rows.places[0])
+            assert rows.start is not None
+            cache = cache.write(k, v, rows.start)
             k, v = cache.keys, cache.values
-        mask = attention_mask(rows.places, rows.key_places, rows.segments, rows.key_segments, self.window)
-        out = attention(q, k, v, mask, scale=self.head_dim**-0.5)
-        return self.o(out.reshape(batch, seq, self.heads * self.head_dim)), cache
+        out = attention(
+            q,
+            k,
+            v,
+            scale=self.head_dim**-0.5,
+            start=rows.start,
+            window=self.window,
+            query_segments=None if rows.key_segments is None else rows.segments,
+            key_segments=rows.key_segments,
+        )
+        return self.o(out.swapaxes(1, 2).reshape(batch, seq, self.heads * self.head_dim)), cache
 
 
 def segment_layout(segments: Int[Array, "batch seq"]) -> tuple[Int[Array, "batch seq"], Int[Array, "batch seq"]]:

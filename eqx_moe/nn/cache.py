@@ -11,21 +11,34 @@ from eqx_moe.sharding import cache_sharding, put
 
 
 class LayerCache(eqx.Module):
-    """Keys and values of one attention layer, a place of the row each."""
+    """Keys and values of one attention layer, a place of the row each.
 
-    keys: Float[Array, "batch length kv_heads head_dim"]
-    values: Float[Array, "batch length kv_heads head_dim"]
+    Heads come before places: a head's keys then lie together, and a decoding step reads them as they lie.
+    """
+
+    keys: Float[Array, "batch kv_heads length head_dim"]
+    values: Float[Array, "batch kv_heads length head_dim"]
 
     def write(
         self,
-        keys: Float[Array, "batch seq kv_heads head_dim"],
-        values: Float[Array, "batch seq kv_heads head_dim"],
+        keys: Float[Array, "batch kv_heads seq head_dim"],
+        values: Float[Array, "batch kv_heads seq head_dim"],
         at: Int[Array, ""],
     ) -> "LayerCache":
-        return LayerCache(
-            keys=lax.dynamic_update_slice_in_dim(self.keys, keys.astype(self.keys.dtype), at, axis=1),
-            values=lax.dynamic_update_slice_in_dim(self.values, values.astype(self.values.dtype), at, axis=1),
-        )
+        """Puts them at the places from `at` on, where they must fit."""
+
+        def write(cache: LayerCache) -> LayerCache:
+            return LayerCache(
+                keys=lax.dynamic_update_slice_in_dim(cache.keys, keys.astype(cache.keys.dtype), at, axis=2),
+                values=lax.dynamic_update_slice_in_dim(cache.values, values.astype(cache.values.dtype), at, axis=2),
+            )
+
+        def write_apart(cache: LayerCache) -> LayerCache:
+            return lax.cond(at + keys.shape[2] <= cache.keys.shape[2], write, lambda cache: cache, cache)
+
+        # XLA's CPU back end fuses the write with what reads the cache, does it twice, and copies the whole cache for
+        # that at every step. It fuses nothing into a conditional. Elsewhere a conditional would wait for the host.
+        return lax.platform_dependent(self, cpu=write_apart, default=write)
 
 
 class Cache(eqx.Module):
@@ -53,11 +66,11 @@ class Cache(eqx.Module):
         self.layers = tuple(
             LayerCache(
                 *(
-                    jnp.zeros((batch, length, *shape), dtype, device=cache_sharding(mesh, batch, shape[0]))
+                    jnp.zeros((batch, kv_heads, length, head_dim), dtype, device=cache_sharding(mesh, batch, kv_heads))
                     for _ in ("keys", "values")
                 )
             )
-            for shape in shapes
+            for kv_heads, head_dim in shapes
         )
         self.segments = put(jnp.zeros((batch, length), jnp.int32), mesh, rows=True)
         self.filled = put(jnp.zeros((), jnp.int32), mesh)

@@ -203,14 +203,13 @@ def _rows(tokens, segment_ids, cache: Cache | None):
         segments = segment_ids.astype(jnp.int32)
         positions, lengths = segment_layout(segments)
     if cache is None:
-        return Rows(places=index, segments=segments, key_places=index, key_segments=segments), positions, lengths
+        key_segments = None if segment_ids is None else segments
+        return Rows(segments=segments, start=None, key_segments=key_segments), positions, lengths
     _refuse_overflow(cache, seq)
     earlier = jnp.arange(cache.length) < cache.filled
     same = earlier & (cache.segments[:, None, :] == segments[:, :, None])
     key_segments = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.filled, axis=1)
-    rows = Rows(
-        places=cache.filled + index, segments=segments, key_places=jnp.arange(cache.length), key_segments=key_segments
-    )
+    rows = Rows(segments=segments, start=cache.filled, key_segments=key_segments)
     return rows, positions + jnp.sum(same, axis=-1), cache.lengths[:, None]
 
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int, PRNGKeyArray, Shaped
 
-from eqx_moe.kernels.cross_entropy import IGNORE, cross_entropy
+from eqx_moe.kernels.cross_entropy import IGNORE, cross_entropy_sum
 from eqx_moe.nn.decoder import Decoder
 from eqx_moe.nn.moe import load_balancing_loss
 from eqx_moe.train.batch import Batch
@@ -36,9 +36,9 @@ def loss(
     """
     labels = next_tokens(batch)
     out = model.forward(batch.tokens, segment_ids=batch.segment_ids, key=key)
-    nll = cross_entropy(out.hidden.reshape(-1, out.hidden.shape[-1]), model.unembedding, labels.reshape(-1))
+    nll = cross_entropy_sum(out.hidden.reshape(-1, out.hidden.shape[-1]), model.unembedding, labels.reshape(-1))
     tokens = jnp.sum(labels != IGNORE)
-    cross_entropy_ = jnp.sum(nll) / jnp.maximum(tokens, 1)
+    cross_entropy_ = nll / jnp.maximum(tokens, 1)
     metrics = {"cross_entropy": cross_entropy_, "tokens": tokens}
     total = cross_entropy_
     if out.router.logits:
