@@ -134,15 +134,18 @@ def test_all_to_all_equals_dense(shape):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("tokens", [ALL, SEQ, NOTHING], ids=str)
+@pytest.mark.parametrize("tokens", [ALL, SEQ], ids=str)
 @pytest.mark.parametrize("shape", ALL_MESHES, ids=str)
 def test_equals_dense_on_every_mesh_of_8_and_fewer(shape, tokens, method):
     check(ExpertParallel(make_mesh(shape), method=method), tokens)
 
 
-@pytest.mark.parametrize("tokens", [SEQ, NOTHING], ids=str)
-def test_tokens_that_no_axis_divides(tokens, method):
-    check(ExpertParallel(make_mesh((2, 4, 1)), method=method), tokens)
+def test_a_batch_that_expert_does_not_divide_is_split_along_the_sequence(method):
+    check(ExpertParallel(make_mesh((2, 4, 1)), method=method), SEQ)
+
+
+def test_tokens_that_nothing_divides_are_the_same_on_all_devices():
+    check(ExpertParallel(make_mesh((2, 4, 1)), method="all_to_all"), NOTHING)
 
 
 def test_ffn_that_tensor_does_not_divide_is_repeated():
@@ -273,7 +276,7 @@ class Passes(AbstractExecution):
 
 
 @pytest.mark.parametrize("tokens", [ALL, SEQ, NOTHING], ids=str)
-@pytest.mark.parametrize("shape", [(2, 4, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 2, 2)], ids=str)
 def test_an_inner_execution_that_drops_and_looks_at_whole_rows(shape, tokens):
     """What it adds beside the experts' outputs is added once, and every drop counts once."""
     case = make_case("padding", tokens)
@@ -286,7 +289,7 @@ def test_an_inner_execution_that_drops_and_looks_at_whole_rows(shape, tokens):
     assert drops == K * mask.sum()
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 2, 2)], ids=str)
 def test_a_factor_drops_what_does_not_fit_and_counts_it(shape):
     """Each device keeps the first pairs for each receiver, first choices before second; the oracle is a loop."""
     data, devices, _ = shape
@@ -324,7 +327,7 @@ queues = st.sampled_from([1, 3]).flatmap(
 
 
 @given(queues, st.sampled_from([1, 4, 9]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_seats_by_hand(case, places):
     """Against a loop: the first of those who go to one device sit there, and the inverse finds them."""
     devices, lists = case

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from eqx_moe.execution.base import AbstractExecution, ExpertFunction, Routing
 from eqx_moe.execution.exchange import departures, ragged, seat_of, seats
 from eqx_moe.execution.grouped import Grouped
-from eqx_moe.execution.placement import Placement, like_input, sum_over
+from eqx_moe.execution.layout import Layout, like_input, sum_over
 from eqx_moe.sharding import EXPERT, check_mesh
 
 #: The names (`jax.ad_checkpoint.checkpoint_name`) of what collectives bring to the experts and back.
@@ -80,11 +80,10 @@ class ExpertParallel(AbstractExecution):
             )
         if self.factor is not None and not 0 < self.factor < math.inf:
             raise ValueError(f"`factor` must be in (0, inf), or None to drop nothing; got {self.factor}.")
-        platform = self.mesh.devices.flat[0].platform
-        if self.method == "ragged_all_to_all" and platform in _WITHOUT_RAGGED:
+        if self.method == "ragged_all_to_all" and self.mesh.devices.flat[0].platform in _WITHOUT_RAGGED:
             raise ValueError(
-                f"`method='ragged_all_to_all'` does not exist on the platform of `mesh`, {platform!r}. Use 'ring' or "
-                "'all_to_all'."
+                f"`method={self.method!r}` does not exist on the platform of `mesh`, "
+                f"{self.mesh.devices.flat[0].platform!r}. Use 'ring' or 'all_to_all'."
             )
 
     def __call__(
@@ -95,58 +94,58 @@ class ExpertParallel(AbstractExecution):
         mask: Bool[Array, "batch seq"],
     ) -> tuple[Float[Array, "batch seq hidden"], Int[Array, ""]]:
         mesh = like_input(self.mesh, x)
-        placement = Placement.of(mesh, x.shape[0], x.shape[1], experts)
+        layout = Layout.of(mesh, x.shape[0], x.shape[1], experts)
         inputs = (x, routing.experts, routing.weights, mask, experts)
-        tokens = placement.tokens
-        specs = (tokens, tokens, tokens, tokens, placement.experts)
+        tokens = layout.tokens
+        specs = (tokens, tokens, tokens, tokens, layout.experts)
         explicit = AxisType.Explicit in mesh.axis_types
         if explicit:
             inputs = jax.tree.map(lambda leaf, spec: jax.reshard(leaf, NamedSharding(mesh, spec)), inputs, specs)
 
         def local(x, chosen, weights, mask, experts):
-            experts = placement.vary(experts, placement.experts).share(placement.tensor_shards)
-            arrays = placement.vary((x, chosen, weights, mask), (tokens, tokens, tokens, tokens))
-            if placement.split is None or self.method == "ring":
-                y, drops = _ring(self.inner, placement, *arrays, experts)
+            experts = layout.vary(experts, layout.experts).share(layout.tensor_shards)
+            arrays = layout.vary((x, chosen, weights, mask), (tokens, tokens, tokens, tokens))
+            if layout.split is None or self.method == "ring":
+                y, drops = _ring(self.inner, layout, *arrays, experts)
             elif self.method == "all_to_all":
-                y, drops = _all_to_all(self.inner, placement, self.factor, *arrays, experts)
+                y, drops = _all_to_all(self.inner, layout, self.factor, *arrays, experts)
             else:
-                y, drops = _ragged_all_to_all(self.inner, placement, *arrays, experts)
-            return y, placement.sum_drops(drops, like=arrays[0])
+                y, drops = _ragged_all_to_all(self.inner, layout, *arrays, experts)
+            return y, layout.sum_drops(drops, like=arrays[0])
 
         y, drops = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(tokens, PartitionSpec()))(*inputs)
         # With Explicit axes an output has to lie as what it is added to.
         return (jax.reshard(y, NamedSharding(mesh, jax.typeof(x).sharding.spec)) if explicit else y), drops
 
 
-def _ring(inner: AbstractExecution, placement: Placement, x, chosen, weights, mask, experts: ExpertFunction):
+def _ring(inner: AbstractExecution, layout: Layout, x, chosen, weights, mask, experts: ExpertFunction):
     """All arrays are this device's part. Gather over `expert`, run the own experts, scatter the sums."""
-    if placement.split is not None:
-        gathered = lax.all_gather((x, chosen, weights, mask), EXPERT, axis=placement.split, tiled=True)
+    if layout.split is not None:
+        gathered = lax.all_gather((x, chosen, weights, mask), EXPERT, axis=layout.split, tiled=True)
         x, chosen, weights, mask = checkpoint_name(gathered, DISPATCHED)
-    visits = placement.local_choices(chosen, experts.num_experts)
-    routing = Routing(visits, weights, placement.num_experts, placement.tensor_shards)
+    visits = layout.local_choices(chosen, experts.num_experts)
+    routing = Routing(visits, weights, layout.num_experts, layout.tensor_shards)
     y, drops = inner(x, routing, experts, mask)
-    if placement.split is None:
-        y = sum_over(y, placement.expert + placement.tensor)
+    if layout.split is None:
+        y = sum_over(y, layout.expert + layout.tensor)
     else:
-        y = lax.psum_scatter(y, EXPERT, scatter_dimension=placement.split, tiled=True)
-        y = sum_over(y, placement.tensor)
+        y = lax.psum_scatter(y, EXPERT, scatter_dimension=layout.split, tiled=True)
+        y = sum_over(y, layout.tensor)
     return checkpoint_name(y, COMBINED), drops
 
 
-def _pairs(placement: Placement, chosen: Int[Array, "batch seq k"], local_experts: int):
+def _pairs(layout: Layout, chosen: Int[Array, "batch seq k"], local_experts: int):
     """First choices of all tokens, then their second choices: the expert of each pair, and the device that holds it."""
     expert = chosen.reshape(-1, chosen.shape[-1]).T.reshape(-1)
     # Nowhere, the number of all experts, becomes the number of devices.
     return expert, expert // local_experts
 
 
-def _run_received(inner: AbstractExecution, placement: Placement, rows, expert, weights, experts: ExpertFunction):
+def _run_received(inner: AbstractExecution, layout: Layout, rows, expert, weights, experts: ExpertFunction):
     """The own experts on rows that came for them; an `expert` past the last marks a row that is none."""
     expert = jnp.minimum(expert, experts.num_experts)[None, :, None]
     ones = jnp.ones_like(expert, dtype=weights.dtype)
-    routing = Routing(expert, ones, placement.num_experts, placement.tensor_shards)
+    routing = Routing(expert, ones, layout.num_experts, layout.tensor_shards)
     y, drops = inner(rows[None], routing, experts, expert[..., 0] < experts.num_experts)
     return y[0], drops
 
@@ -159,16 +158,14 @@ def _combine(y: Float[Array, "pairs hidden"], ran: Bool[Array, " pairs"], weight
     return jnp.einsum("kt,kth->th", weights, y).astype(x.dtype).reshape(x.shape)
 
 
-def _all_to_all(
-    inner: AbstractExecution, placement: Placement, factor, x, chosen, weights, mask, experts: ExpertFunction
-):
+def _all_to_all(inner: AbstractExecution, layout: Layout, factor, x, chosen, weights, mask, experts: ExpertFunction):
     """All arrays are this device's part. Send rows to their experts in buffers of one size, and the results back."""
-    devices, tokens, k = placement.expert_shards, mask.size, chosen.shape[-1]
+    devices, tokens, k = layout.expert_shards, mask.size, chosen.shape[-1]
     # The choices of a token are distinct: no more of them meet on one device than it has experts.
     places = tokens * min(k, experts.num_experts)
     if factor is not None:
         places = min(places, math.ceil(Fraction(str(factor)) * tokens * k / devices))
-    expert, to = _pairs(placement, chosen, experts.num_experts)
+    expert, to = _pairs(layout, chosen, experts.num_experts)
     queue = departures(to, devices)
     pair, taken = seats(queue, places)
     rows = jnp.where(taken[..., None], x.reshape(tokens, -1)[pair % tokens], 0)
@@ -176,20 +173,18 @@ def _all_to_all(
     sent = lax.all_to_all((rows, theirs), EXPERT, split_axis=0, concat_axis=0, tiled=True)
     rows, mine = checkpoint_name(sent, DISPATCHED)
 
-    y, drops = _run_received(inner, placement, rows.reshape(-1, rows.shape[-1]), mine.reshape(-1), weights, experts)
+    y, drops = _run_received(inner, layout, rows.reshape(-1, rows.shape[-1]), mine.reshape(-1), weights, experts)
     y = lax.all_to_all(y.reshape(rows.shape), EXPERT, split_axis=0, concat_axis=0, tiled=True)
     y = checkpoint_name(y, COMBINED).reshape(-1, rows.shape[-1])
     at, seated = seat_of(queue, to, places)
-    y = sum_over(_combine(y[at], seated, weights, x), placement.tensor)
+    y = sum_over(_combine(y[at], seated, weights, x), layout.tensor)
     return checkpoint_name(y, COMBINED), drops + jnp.sum((to < devices) & ~seated, dtype=jnp.int32)
 
 
-def _ragged_all_to_all(
-    inner: AbstractExecution, placement: Placement, x, chosen, weights, mask, experts: ExpertFunction
-):
+def _ragged_all_to_all(inner: AbstractExecution, layout: Layout, x, chosen, weights, mask, experts: ExpertFunction):
     """All arrays are this device's part. Send rows to their experts, as many as there are, and the results back."""
-    devices, tokens, k = placement.expert_shards, mask.size, chosen.shape[-1]
-    expert, to = _pairs(placement, chosen, experts.num_experts)
+    devices, tokens, k = layout.expert_shards, mask.size, chosen.shape[-1]
+    expert, to = _pairs(layout, chosen, experts.num_experts)
     queue = departures(to, devices)
     me = lax.axis_index(EXPERT)
     counts = checkpoint_name(lax.all_gather(queue.counts, EXPERT), DISPATCHED)
@@ -199,13 +194,13 @@ def _ragged_all_to_all(
     rows = x.reshape(tokens, -1)[queue.order % tokens]
     received = jnp.zeros_like(rows, shape=(room, rows.shape[-1]))
     received = lax.ragged_all_to_all(rows, received, *there, axis_name=EXPERT)
-    nobody = jnp.full_like(expert, placement.num_experts, shape=room)
+    nobody = jnp.full_like(expert, layout.num_experts, shape=room)
     mine = lax.ragged_all_to_all(expert[queue.order], nobody, *there, axis_name=EXPERT)
     received, mine = checkpoint_name((received, mine), DISPATCHED)
 
-    mine = placement.local_choices(mine, experts.num_experts)
-    y, drops = _run_received(inner, placement, received, mine, weights, experts)
+    mine = layout.local_choices(mine, experts.num_experts)
+    y, drops = _run_received(inner, layout, received, mine, weights, experts)
     y = lax.ragged_all_to_all(y, jnp.zeros_like(rows), *back, axis_name=EXPERT)
     y = checkpoint_name(y, COMBINED)[jnp.argsort(queue.order)]
-    y = sum_over(_combine(y, to < devices, weights, x), placement.tensor)
+    y = sum_over(_combine(y, to < devices, weights, x), layout.tensor)
     return checkpoint_name(y, COMBINED), drops

@@ -16,7 +16,7 @@ Tree = TypeVar("Tree")
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
+class Layout:
     """How the arrays of one call lie on the mesh."""
 
     #: The axes that split the tokens, [batch, seq].
@@ -35,7 +35,7 @@ class Placement:
     num_experts: int
 
     @classmethod
-    def of(cls, mesh: Mesh, batch: int, seq: int, experts: ExpertFunction) -> "Placement":
+    def of(cls, mesh: Mesh, batch: int, seq: int, experts: ExpertFunction) -> "Layout":
         data, expert, tensor = (mesh.shape.get(axis, 1) for axis in (DATA, EXPERT, TENSOR))
         if experts.num_experts % expert:
             raise ValueError(
@@ -114,5 +114,5 @@ def like_input(mesh: Mesh, x: Array) -> Mesh:
     """
     seen = (jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.mesh)
     if any(AxisType.Explicit in other.axis_types for other in seen):
-        return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
+        return mesh.update(axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
     return mesh
