@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from eqx_moe.execution import StackedLinear
+from eqx_moe.nn.init import normal
 
 
 class Experts(eqx.Module):
@@ -18,9 +19,9 @@ class Experts(eqx.Module):
 
     def __init__(self, experts: int, hidden: int, ffn: int, *, std: float, dtype: DTypeLike, key: PRNGKeyArray):
         gate_key, up_key, down_key = jax.random.split(key, 3)
-        self.gate = std * jax.random.normal(gate_key, (experts, ffn, hidden), dtype)
-        self.up = std * jax.random.normal(up_key, (experts, ffn, hidden), dtype)
-        self.down = std * jax.random.normal(down_key, (experts, hidden, ffn), dtype)
+        self.gate = normal(gate_key, (experts, ffn, hidden), std, dtype)
+        self.up = normal(up_key, (experts, ffn, hidden), std, dtype)
+        self.down = normal(down_key, (experts, hidden, ffn), std, dtype)
 
     @property
     def num_experts(self) -> int:
