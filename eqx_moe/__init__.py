@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from eqx_moe.models import families as families
     from eqx_moe.models import init as init
     from eqx_moe.models import plan_sharding as plan_sharding
+    from eqx_moe.models import stack as stack
+    from eqx_moe.models import unstack as unstack
     from eqx_moe.models import with_options as with_options
     from eqx_moe.nn.decoder import Decoder as Decoder
     from eqx_moe.nn.decoder import Output as Output
@@ -62,6 +64,8 @@ _PUBLIC = {
     "families": "eqx_moe.models",
     "init": "eqx_moe.models",
     "plan_sharding": "eqx_moe.models",
+    "stack": "eqx_moe.models",
+    "unstack": "eqx_moe.models",
     "with_options": "eqx_moe.models",
     "Decoder": "eqx_moe.nn.decoder",
     "Output": "eqx_moe.nn.decoder",

@@ -27,7 +27,7 @@ from eqx_moe.checkpoint.writer import save_leaves
 from eqx_moe.errors import CheckpointError, quote
 from eqx_moe.execution import AbstractExecution
 from eqx_moe.family.generation_config import generation_config_to_json, parse_generation_config
-from eqx_moe.models import config_to_json, family_of, parse_config, plan_sharding, skeleton
+from eqx_moe.models import config_to_json, family_of, parse_config, plan_sharding, skeleton, unstack
 from eqx_moe.nn.decoder import Decoder
 
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
@@ -165,6 +165,7 @@ def save_pretrained(
         ValueError: an argument is wrong; the weights do not have the shapes of `model.config`.
         CheckpointError: the folder cannot be one; a value does not fit in `dtype`.
     """
+    model = unstack(model)
     config = model.config
     family = family_of(config)
     layouts = family.names(config)

@@ -16,6 +16,8 @@ from eqx_moe.errors import CheckpointError
 from eqx_moe.execution import AbstractExecution, resolve
 from eqx_moe.family import FAMILIES, Family
 from eqx_moe.nn.decoder import Decoder
+from eqx_moe.nn.moe import MoE
+from eqx_moe.nn.stack import Stack, stack_layers, unstack_layers
 from eqx_moe.sharding import AnyMesh, Plan, check_mesh, plan, without_data
 
 
@@ -111,14 +113,28 @@ def with_options(
         shardings = plan_sharding(model, mesh).shardings
         model = replace_leaves(model, {p: jax.device_put(x, shardings[p]) for p, x in leaf_paths(model).items()})
     chosen = resolve(execution, model.mesh)
-    places = [i for i, layer in enumerate(model.layers) if layer.moe is not None]
-    if not places:
-        return model
-    return eqx.tree_at(
-        lambda m: [m.layers[i].moe for i in places],
+    return jax.tree.map(
+        lambda node: dataclasses.replace(node, execution=chosen) if isinstance(node, MoE) else node,
         model,
-        replace_fn=lambda moe: dataclasses.replace(moe, execution=chosen),
+        is_leaf=lambda node: isinstance(node, MoE),
     )
+
+
+def stack(model: Decoder, *, rematerialise: bool = False) -> Decoder:
+    """The same model, each run of equal layers as one `Stack`, whose arrays have a leading axis [layers].
+
+    For training: a step compiles in the time of one layer, and (with `rematerialise`) keeps what stands between layers
+    only and computes the rest again. `unstack` is its inverse, bit for bit. `generate` and `save_pretrained` take
+    either form; a cache wants the layers apart, because a scan copies each of them for every token.
+    """
+    return dataclasses.replace(model, layers=stack_layers(model.layers, rematerialise))
+
+
+def unstack(model: Decoder) -> Decoder:
+    """The same model, each layer a block of its own."""
+    if not any(isinstance(layer, Stack) for layer in model.layers):
+        return model
+    return dataclasses.replace(model, layers=unstack_layers(model.layers))
 
 
 def plan_sharding(model: Decoder, mesh: AnyMesh) -> Plan:
@@ -144,7 +160,8 @@ def count_parameters(model: Decoder) -> tuple[int, int]:
     total = sum(leaf.size for leaf in jax.tree.leaves(model))
     idle = 0
     for layer in model.layers:
-        if layer.moe is not None:
-            experts, k = layer.moe.experts.num_experts, layer.moe.router.k
-            idle += sum(leaf.size for leaf in jax.tree.leaves(layer.moe.experts)) // experts * (experts - k)
+        moe = layer.block.moe if isinstance(layer, Stack) else layer.moe
+        if moe is not None:
+            experts, k = moe.experts.gate.shape[-3], moe.router.k
+            idle += sum(leaf.size for leaf in jax.tree.leaves(moe.experts)) // experts * (experts - k)
     return total, total - idle

@@ -55,7 +55,6 @@ RULES: dict[str, tuple[str | None, ...]] = {
     "mlp.up.bias": (TENSOR,),
     "mlp.down.bias": (None,),
     "moe.router.weight": (None, DATA),
-    "moe.router.selection_bias": (None,),
     "moe.experts.gate": (EXPERT, TENSOR, DATA),
     "moe.experts.up": (EXPERT, TENSOR, DATA),
     "moe.experts.down": (EXPERT, DATA, TENSOR),

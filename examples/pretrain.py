@@ -180,12 +180,12 @@ def make_optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
         return optax.warmup_cosine_decay_schedule(0.0, peak, min(recipe.warmup, steps // 2), steps, 0.0)
 
     def dimensions(params):
-        def of(path, leaf):
+        def of(path, leaf, is_matrix):
             name = jax.tree_util.keystr(path)
-            inside = "layers" in name and "router" not in name and leaf.ndim > 1
+            inside = "layers" in name and "router" not in name and is_matrix
             return optax.contrib.MuonDimensionNumbers(leaf.ndim - 1, leaf.ndim - 2) if inside else None
 
-        return jax.tree_util.tree_map_with_path(of, params)
+        return jax.tree_util.tree_map_with_path(of, params, train.are_matrices(params))
 
     return optax.chain(
         optax.clip_by_global_norm(recipe.clip),

@@ -14,7 +14,8 @@ from eqx_moe.family.config import ConfigError, config_problem, fields_from_json,
 from eqx_moe.family.generation_config import default_generation_config
 from eqx_moe.family.rope import rope
 from eqx_moe.nn.attention import Attention
-from eqx_moe.nn.decoder import Block, Decoder
+from eqx_moe.nn.block import Block
+from eqx_moe.nn.decoder import Decoder
 from eqx_moe.nn.embedding import Embedding
 from eqx_moe.nn.linear import Linear
 from eqx_moe.nn.mlp import MLP

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Int, Key
 
 from eqx_moe.family.rope import position_limit
 from eqx_moe.generation.sampling import Sampling, choose
-from eqx_moe.models import gathered_along_data
+from eqx_moe.models import gathered_along_data, unstack
 from eqx_moe.nn.cache import Cache
 from eqx_moe.nn.decoder import Decoder
 from eqx_moe.sharding import put, replicate
@@ -57,7 +57,7 @@ def generate(
             `max_new_tokens` below 1.
     """
     rows = _checked(model, prompts, max_new_tokens)
-    model = gathered_along_data(model)
+    model = gathered_along_data(unstack(model))
     cache, tokens, segments = _prepare(model, rows, max_new_tokens)
     given = Sampling(temperature, top_k, top_p), _row_keys(seed, len(rows)), _eos(model, eos_ids)
     sampling, keys, eos, limit = put((*given, jnp.asarray(max_new_tokens)), model.mesh)
@@ -86,7 +86,7 @@ def stream(
     ends = set(np.asarray(_eos(model, eos_ids)).tolist())
 
     def ids() -> Iterator[int]:
-        whole = gathered_along_data(model)
+        whole = gathered_along_data(unstack(model))
         cache, tokens, segments = _prepare(whole, rows, max_new_tokens)
         cache, token = _prefill(whole, cache, tokens, segments, sampling, keys)
         for step in range(1, max_new_tokens + 1):

@@ -1,5 +1,6 @@
 """The decoder: blocks between an embedding and a head. Every model here is one."""
 
+import functools
 from typing import Any
 
 import equinox as eqx
@@ -11,14 +12,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from eqx_moe.kernels.linear import linear
-from eqx_moe.nn.attention import Attention, Rows, segment_layout
+from eqx_moe.nn.attention import Rows, segment_layout
+from eqx_moe.nn.block import Block
 from eqx_moe.nn.cache import Cache, LayerCache
 from eqx_moe.nn.embedding import Embedding
 from eqx_moe.nn.linear import Linear
-from eqx_moe.nn.mlp import MLP
-from eqx_moe.nn.moe import LayerRouting, MoE, RouterStats
+from eqx_moe.nn.moe import LayerRouting, RouterStats
 from eqx_moe.nn.norm import RMSNorm
 from eqx_moe.nn.rope import AbstractRope
+from eqx_moe.nn.stack import Stack
 from eqx_moe.sharding import check_surroundings, gather_weights, split_rows
 
 
@@ -40,46 +42,16 @@ class Output(eqx.Module):
     router: RouterOutput
 
 
-class Block(eqx.Module):
-    """Pre-norm residual block: attention, then a dense MLP or a mixture of experts."""
-
-    attention_norm: RMSNorm
-    attention: Attention
-    ffn_norm: RMSNorm
-    mlp: MLP | None
-    moe: MoE | None
-
-    def __check_init__(self):
-        if (self.mlp is None) == (self.moe is None):
-            raise ValueError("A block has either `mlp` or `moe`; got both or neither.")
-
-    def __call__(
-        self,
-        x: Float[Array, "batch seq hidden"],
-        rows: Rows,
-        tables: tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]],
-        cache: LayerCache | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "batch seq hidden"], LayerCache | None, LayerRouting | None]:
-        attended, cache = self.attention(self.attention_norm(x), rows, tables, cache)
-        x = x + attended
-        normed = self.ffn_norm(x)
-        if self.moe is None:
-            assert self.mlp is not None
-            return x + self.mlp(normed), cache, None
-        y, routing = self.moe(normed, rows.segments != 0, key)
-        return x + y, cache, routing
-
-
 class Decoder(eqx.Module):
     """A decoder-only language model.
 
-    `config` and `generation_config` are what it was built from: hashable records that this class only carries. `mesh`
-    is that of the devices which its weights are spread over, None for one device; see `eqx_moe.sharding`.
+    `layers` holds a block for each layer, or what `eqx_moe.stack` made of them. `config` and `generation_config` are
+    what it was built from: hashable records that this class only carries. `mesh` is that of the devices which its
+    weights are spread over, None for one device; see `eqx_moe.sharding`.
     """
 
     embed: Embedding
-    layers: tuple[Block, ...]
+    layers: tuple[Block | Stack, ...]
     norm: RMSNorm
     head: Linear | None
     config: Any = eqx.field(static=True)
@@ -121,6 +93,8 @@ class Decoder(eqx.Module):
         if tokens.size == 0:
             raise ValueError(f"`tokens` must hold at least one token; got an array of shape {tokens.shape}.")
         _refuse_bad_ids(tokens, self.embed.weight.shape[0])
+        if cache is not None:
+            self._refuse_stacks("decode with a cache")
         shape = tokens.shape
         tokens = tokens.reshape(-1, shape[-1])
         if self.mesh is not None:
@@ -134,15 +108,24 @@ class Decoder(eqx.Module):
 
         tables = {rope: rope.tables(positions, lengths) for rope in self._ropes()}
         x = split_rows(gather_weights(self.embed, self.mesh, at="embed")(tokens), self.mesh)
-        keys = [None] * len(self.layers) if key is None else jax.random.split(key, len(self.layers))
+        keys = None if key is None else jax.random.split(key, self.depth)
         caches: list[LayerCache | None] = [None] * len(self.layers) if cache is None else list(cache.layers)
         routings: list[LayerRouting] = []
+        first = 0
         for i, layer in enumerate(self.layers):
-            layer = gather_weights(layer, self.mesh, at=f"layers.{i}", head_dims=self.head_dims)
-            x, caches[i], routing = layer(x, rows, tables[layer.attention.rope], caches[i], keys[i])
+            at = f"layers.{i}.block" if isinstance(layer, Stack) else f"layers.{i}"
+            prepare = functools.partial(gather_weights, mesh=self.mesh, at=at, head_dims=self.head_dims)
+            table = tables[_block(layer).attention.rope]
+            if isinstance(layer, Stack):
+                own = None if keys is None else keys[first : first + layer.count]
+                x, some = layer(x, rows, table, own, prepare, functools.partial(split_rows, mesh=self.mesh))
+                routings += some
+                first += layer.count
+                continue
+            x, caches[i], routing = prepare(layer)(x, rows, table, caches[i], None if keys is None else keys[first])
             x = split_rows(x, self.mesh)
-            if routing is not None:
-                routings.append(routing)
+            routings += [] if routing is None else [routing]
+            first += 1
         hidden = self.norm(x)
         if cache is not None:
             hidden = jnp.where(cache.filled + tokens.shape[1] <= cache.length, hidden, jnp.nan)
@@ -177,7 +160,16 @@ class Decoder(eqx.Module):
     @property
     def head_dims(self) -> dict[str, int]:
         """The path of each attention part -> the size of its heads, for `eqx_moe.sharding`."""
-        return {f"layers.{i}.attention": layer.attention.head_dim for i, layer in enumerate(self.layers)}
+        sizes: dict[str, int] = {}
+        for i, layer in enumerate(self.layers):
+            path = f"layers.{i}.block.attention" if isinstance(layer, Stack) else f"layers.{i}.attention"
+            sizes[path] = _block(layer).attention.head_dim
+        return sizes
+
+    @property
+    def depth(self) -> int:
+        """How many layers there are, those in stacks counted one by one."""
+        return sum(layer.count if isinstance(layer, Stack) else 1 for layer in self.layers)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` rows of at most `length` places, in the dtype of the embedding.
@@ -185,11 +177,24 @@ class Decoder(eqx.Module):
         Rotary embeddings that go by a row's length take it from `cache.lengths`, which starts as `length` for every
         row: with them, make the cache as long as the rows will be, or set `lengths` to what they will be.
         """
+        self._refuse_stacks("make a cache")
         shapes = tuple((layer.attention.kv_heads, layer.attention.head_dim) for layer in self.layers)
         return Cache(shapes, batch, length, self.embed.weight.dtype, self.mesh)
 
     def _ropes(self) -> set[AbstractRope]:
-        return {layer.attention.rope for layer in self.layers}
+        return {_block(layer).attention.rope for layer in self.layers}
+
+    def _refuse_stacks(self, doing: str) -> None:
+        stacks = sum(isinstance(layer, Stack) for layer in self.layers)
+        if stacks:
+            raise ValueError(
+                f"To {doing}, a model must have each layer on its own; got {stacks} stacks for {self.depth} layers. "
+                "Take `eqx_moe.unstack(model)`."
+            )
+
+
+def _block(layer: Block | Stack) -> Block:
+    return layer.block if isinstance(layer, Stack) else layer
 
 
 def _rows(tokens, segment_ids, cache: Cache | None):

@@ -1,0 +1,41 @@
+"""One layer of a decoder."""
+
+import equinox as eqx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from eqx_moe.nn.attention import Attention, Rows
+from eqx_moe.nn.cache import LayerCache
+from eqx_moe.nn.mlp import MLP
+from eqx_moe.nn.moe import LayerRouting, MoE
+from eqx_moe.nn.norm import RMSNorm
+
+
+class Block(eqx.Module):
+    """Pre-norm residual block: attention, then a dense MLP or a mixture of experts."""
+
+    attention_norm: RMSNorm
+    attention: Attention
+    ffn_norm: RMSNorm
+    mlp: MLP | None
+    moe: MoE | None
+
+    def __check_init__(self):
+        if (self.mlp is None) == (self.moe is None):
+            raise ValueError("A block has either `mlp` or `moe`; got both or neither.")
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq hidden"],
+        rows: Rows,
+        tables: tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]],
+        cache: LayerCache | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "batch seq hidden"], LayerCache | None, LayerRouting | None]:
+        attended, cache = self.attention(self.attention_norm(x), rows, tables, cache)
+        x = x + attended
+        normed = self.ffn_norm(x)
+        if self.moe is None:
+            assert self.mlp is not None
+            return x + self.mlp(normed), cache, None
+        y, routing = self.moe(normed, rows.segments != 0, key)
+        return x + y, cache, routing

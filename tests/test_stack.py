@@ -1,0 +1,132 @@
+"""Stacked layers: the same model in another form."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import meshes
+import numpy as np
+import optax
+import pytest
+import tiny
+
+import eqx_moe
+from eqx_moe import train
+from eqx_moe.nn.stack import Stack
+from eqx_moe.train import loop
+
+DEEP = dataclasses.replace(tiny.CONFIG, num_hidden_layers=3, router_jitter_noise=0.2)
+# Windows differ by layer: runs of two, one and two equal layers.
+RUNS = eqx_moe.Qwen2Config(
+    vocab_size=53, hidden_size=12, intermediate_size=17, num_hidden_layers=5, num_attention_heads=3,
+    num_key_value_heads=1, use_sliding_window=True, sliding_window=4,
+    layer_types=("sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "sliding_attention"),
+)  # fmt: skip
+
+
+def batch(model, seed: int = 0) -> train.Batch:
+    tokens = jax.random.randint(jax.random.key(seed), (2, 11), 0, model.config.vocab_size)
+    return train.Batch(tokens=tokens, segment_ids=jnp.ones_like(tokens).at[0, :3].set(0), labels=tokens)
+
+
+def assert_same(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert mine.dtype == other.dtype and mine.sharding == other.sharding
+        np.testing.assert_array_equal(mine, other)
+
+
+def assert_close(ours, theirs):
+    for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert np.abs(mine - other).max() <= 1e-5 * max(1.0, np.abs(other).max())
+
+
+@pytest.mark.parametrize("config, counts", [(DEEP, [3]), (RUNS, [2, 1, 2])], ids=["one run", "runs"])
+def test_stacking_and_back_is_the_same_model(config, counts):
+    model = tiny.model(config)
+    stacked = eqx_moe.stack(model)
+    assert [layer.count if isinstance(layer, Stack) else 1 for layer in stacked.layers] == counts
+    assert stacked.depth == model.depth == config.num_hidden_layers
+    assert_same(eqx_moe.unstack(stacked), model)
+    assert eqx_moe.unstack(model) is model
+    assert_same(eqx_moe.stack(stacked), stacked)
+
+
+@pytest.mark.parametrize("config, rematerialise", [(DEEP, True), (RUNS, False)], ids=["one run", "runs"])
+def test_a_stacked_model_computes_the_same(config, rematerialise):
+    """Loss, metrics, router's outputs and every gradient, with a key for the jitter."""
+    model = tiny.model(config)
+    stacked = eqx_moe.stack(model, rematerialise=rematerialise)
+    given, key = batch(model), jax.random.key(7)
+    step = eqx.filter_jit(eqx.filter_value_and_grad(train.loss, has_aux=True))
+    (loss, metrics), grads = step(stacked, given, key)
+    (expected, expected_metrics), expected_grads = step(model, given, key)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert_close(metrics, expected_metrics)
+    assert_close(eqx_moe.unstack(grads), expected_grads)
+
+
+def test_a_stacked_model_saves_and_generates_and_takes_options(tmp_path):
+    model = tiny.model(dataclasses.replace(DEEP, router_jitter_noise=0.0))
+    stacked = eqx_moe.stack(model)
+    eqx_moe.save_pretrained(stacked, tmp_path / "stacked")
+    assert_same(eqx_moe.from_pretrained(tmp_path / "stacked", dtype="float32").layers, model.layers)
+    prompts = [[5, 6, 7]]
+    assert eqx_moe.generate(stacked, prompts, 6) == eqx_moe.generate(model, prompts, 6)
+    assert list(eqx_moe.stream(stacked, prompts[0], 3)) == list(eqx_moe.stream(model, prompts[0], 3))
+    dense = eqx_moe.with_options(stacked, execution="dense")
+    assert dense.layers[0].block.moe.execution == eqx_moe.execution.Dense()
+    with pytest.raises(ValueError, match="got 1 stacks for 3 layers.*unstack"):
+        stacked.init_cache(1, 5)
+    with pytest.raises(ValueError, match="got 1 stacks for 3 layers.*unstack"):
+        stacked.forward(jnp.ones((1, 2), int), cache=model.init_cache(1, 5))
+
+
+def test_weight_decay_leaves_stacked_norms_alone():
+    model = tiny.model(dataclasses.replace(RUNS, layer_types=("full_attention",) * 5))
+    plain, stacked = train.are_matrices(model), train.are_matrices(eqx_moe.stack(model))
+    assert jax.tree.leaves(stacked.layers) == jax.tree.leaves(plain.layers[0])
+    assert not stacked.layers[0].block.ffn_norm.weight and not stacked.layers[0].block.attention.q.bias
+    assert stacked.layers[0].block.attention.q.weight and stacked.embed.weight
+
+
+def test_fit_trains_deep_models_stacked_and_gives_them_back_apart(monkeypatch):
+    model = tiny.model(DEEP)
+    forms = []
+
+    def fit(deep):
+        monkeypatch.setattr(loop, "_DEEP", deep)
+        given = iter([batch(model, seed) for seed in range(3)])
+        optimizer = optax.sgd(0.1, momentum=0.9)
+        watch = lambda step, model, metrics: forms.append(len(model.layers))  # noqa: E731
+        return train.fit(model, given, steps=3, optimizer=optimizer, on_step=watch, progress=False)
+
+    tuned, history = fit(2)
+    expected, expected_history = fit(3)
+    assert forms == [1, 1, 1, 3, 3, 3]
+    assert jax.tree.structure(tuned) == jax.tree.structure(model)
+    assert_close(tuned, expected)
+    np.testing.assert_allclose(history[-1]["loss"], expected_history[-1]["loss"], rtol=1e-5)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; on a CPU, JAX_NUM_CPU_DEVICES=8")
+def test_stacked_on_a_mesh():
+    """Placed as its layers were, and the same step as on one device."""
+    config = dataclasses.replace(meshes.MIXTRAL, num_hidden_layers=2)
+    alone = eqx_moe.init(config, key=jax.random.key(0))
+    model = eqx_moe.with_options(alone, mesh=meshes.mesh((2, 2, 2)))
+    stacked = eqx_moe.stack(model, rematerialise=True)
+    gate = stacked.layers[0].block.moe.experts.gate
+    assert tuple(gate.sharding.spec) == (None, *model.layers[0].moe.experts.gate.sharding.spec)
+    assert_same(eqx_moe.unstack(stacked), model)
+    given = meshes.batch(rows=8)
+    optimizer = optax.sgd(0.1, momentum=0.9)
+
+    def step(model):
+        return train.make_step(optimizer)(model, train.init_optimizer(optimizer, model), given, None)[::2]
+
+    (ours, metrics), (theirs, expected) = step(stacked), step(alone)
+    assert ours.layers[0].block.moe.experts.gate.sharding == gate.sharding
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
+    assert_close(jax.device_get(eqx_moe.unstack(ours)), jax.device_get(theirs))
