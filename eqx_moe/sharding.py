@@ -241,10 +241,10 @@ def gather_weights(
 ) -> Tree:
     """A part of a model, at the path `at`, with its weights gathered along `data` for where they are used.
 
-    Said of the weights, because XLA would else choose by itself what to move, and sometimes moves activations. Gradients
-    leave as the weights came in, split along `data`. Inside a scan over layers that rematerialises them, one layer is
-    whole at a time; where layers are written out one after the other, XLA chooses the order, and the backward pass
-    keeps what was gathered.
+    Said of the weights, because XLA would else choose by itself what to move, and sometimes moves activations. The
+    gradients leave as the weights came in, split along `data`. Inside a scan over layers that rematerialises them, one
+    layer is whole at a time; where layers are written out one after the other, XLA chooses the order, and the backward
+    pass keeps what was gathered.
     """
     if mesh is None:
         return tree
