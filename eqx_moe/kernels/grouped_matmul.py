@@ -243,24 +243,21 @@ def _weight_gradient(x, dy, sizes, *, expected: int):
     layout = _Layout(sizes, x.shape[0], expected)
     filled = jnp.arange(layout.slots) < layout.held[:, None]
 
-    def outer(dy, x, mine):
+    def outer(take, mine):
         # Both sides are masked: a row of another group may hold an infinity, and 0 * inf is no zero.
-        return jnp.einsum(
-            "...ro,...ri->...oi", jnp.where(mine, dy, 0), jnp.where(mine, x, 0), preferred_element_type=jnp.float32
-        )
+        left, right = (jnp.where(mine, take(each), 0) for each in (dy, x))
+        return jnp.einsum("...ro,...ri->...oi", left, right, preferred_element_type=jnp.float32)
 
     total = lax.cond(
         layout.use_slots,
-        lambda: outer(
-            *(jnp.take(each, layout.row_of_slot, axis=0, mode="clip") for each in (dy, x)), filled[..., None]
-        ),
+        lambda: outer(lambda each: jnp.take(each, layout.row_of_slot, axis=0, mode="clip"), filled[..., None]),
         lambda: jnp.zeros_like(x, shape=(sizes.shape[0], dy.shape[1], x.shape[1]), dtype=jnp.float32),
     )
 
     def visit(total, group, few, window):
         def product(rows):
             at, mine = window(rows)
-            return outer(*(lax.dynamic_slice_in_dim(each, at, rows) for each in (dy, x)), mine)
+            return outer(lambda each: lax.dynamic_slice_in_dim(each, at, rows), mine)
 
         found = lax.cond(few, lambda: product(layout.few), lambda: product(layout.window))
         before = lax.dynamic_index_in_dim(total, group, keepdims=False)

@@ -51,7 +51,8 @@ class Decoder(eqx.Module):
     """
 
     embed: Embedding
-    layers: tuple[Block | Stack, ...]
+    # Of `Block`, and of `Stack` where stacked; `Any`, so that a program may take a block for granted.
+    layers: tuple[Any, ...]
     norm: RMSNorm
     head: Linear | None
     config: Any = eqx.field(static=True)
