@@ -118,7 +118,19 @@ def test_equals_its_oracle_in_value_and_gradients(drawn):
         assert drops == 0 and (kept == (chosen < case.experts)).all()  # It was plain dense that it equalled.
 
 
-class Marks(eqx.Module):
+class OnOneDevice(eqx.Module):
+    """Experts without arrays: there is nothing to split."""
+
+    num_experts: eqx.AbstractVar[int]
+
+    def partition(self, expert, tensor):
+        return self
+
+    def share(self, parts):
+        return self
+
+
+class Marks(OnOneDevice):
     """Experts whose outputs say which of them ran: expert e adds the e-th unit vector."""
 
     num_experts: int = eqx.field(static=True)
@@ -265,7 +277,7 @@ def test_permuting_experts_permutes_nothing_else():
     assert found_drops == drops and drops > 0
 
 
-class Identity(eqx.Module):
+class Identity(OnOneDevice):
     num_experts: int = eqx.field(static=True)
 
     def __call__(self, x, linear):
