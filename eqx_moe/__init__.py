@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from eqx_moe import checkpoint as checkpoint
     from eqx_moe import execution as execution
+    from eqx_moe import sharding as sharding
     from eqx_moe import train as train
     from eqx_moe.errors import CheckpointError as CheckpointError
     from eqx_moe.errors import EqxMoeError as EqxMoeError
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from eqx_moe.hub import save_pretrained as save_pretrained
     from eqx_moe.models import families as families
     from eqx_moe.models import init as init
+    from eqx_moe.models import plan_sharding as plan_sharding
     from eqx_moe.models import with_options as with_options
     from eqx_moe.nn.decoder import Decoder as Decoder
     from eqx_moe.nn.decoder import Output as Output
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "checkpoint": "eqx_moe",
     "execution": "eqx_moe",
+    "sharding": "eqx_moe",
     "train": "eqx_moe",
     "CheckpointError": "eqx_moe.errors",
     "EqxMoeError": "eqx_moe.errors",
@@ -58,6 +61,7 @@ _PUBLIC = {
     "save_pretrained": "eqx_moe.hub",
     "families": "eqx_moe.models",
     "init": "eqx_moe.models",
+    "plan_sharding": "eqx_moe.models",
     "with_options": "eqx_moe.models",
     "Decoder": "eqx_moe.nn.decoder",
     "Output": "eqx_moe.nn.decoder",

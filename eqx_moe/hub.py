@@ -27,7 +27,7 @@ from eqx_moe.checkpoint.writer import save_leaves
 from eqx_moe.errors import CheckpointError, quote
 from eqx_moe.execution import AbstractExecution
 from eqx_moe.family.generation_config import generation_config_to_json, parse_generation_config
-from eqx_moe.models import config_to_json, family_of, parse_config, refuse_mesh, skeleton
+from eqx_moe.models import config_to_json, family_of, parse_config, plan_sharding, skeleton
 from eqx_moe.nn.decoder import Decoder
 
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
@@ -110,7 +110,8 @@ def from_pretrained(
         repo_or_folder: a local folder.
         dtype: "auto" keeps every tensor as it is stored; a float dtype or its name casts all but those that the family
             keeps in float32; None is "auto" on an accelerator and float32 on a CPU.
-        mesh: must be None in this version.
+        mesh: the devices to spread the weights over, see `eqx_moe.sharding`. The host holds a leaf at a time, and no
+            device more than its parts. In a program of several processes all call this, each with the folder at hand.
         execution: how MoE blocks run: None picks the dropless one for the platform; see `eqx_moe.execution`.
         revision, token, cache_dir, local_files_only: for names on the Hub; a local folder has no use for them.
 
@@ -118,11 +119,10 @@ def from_pretrained(
         CheckpointError: something is wrong with the files; its `code` says what, see `eqx_moe.errors`.
         ValueError: an argument is wrong.
     """
-    refuse_mesh(mesh)
     folder = _folder(repo_or_folder, "loading a model")
     config = load_config(folder)
     family = family_of(config)
-    model = skeleton(config, execution=execution)
+    model = skeleton(config, mesh=mesh, execution=execution)
     generation_config = model.generation_config
     if exists(folder / _GENERATION):
         data = read_json(folder / _GENERATION, "generation config", doing="loading a generation config")
@@ -135,6 +135,7 @@ def from_pretrained(
         tied=_TIED if config.tie_word_embeddings else (),
         dtype=_dtype_to_load(dtype),
         keep_fp32=family.keep_fp32,
+        shardings=None if mesh is None else plan_sharding(model, mesh).shardings,
     )
     return dataclasses.replace(replace_leaves(model, leaves), generation_config=generation_config)
 

@@ -11,10 +11,12 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
+from eqx_moe.checkpoint.names import leaf_paths, replace_leaves
 from eqx_moe.errors import CheckpointError
 from eqx_moe.execution import AbstractExecution, resolve
 from eqx_moe.family import FAMILIES, Family
 from eqx_moe.nn.decoder import Decoder
+from eqx_moe.sharding import AnyMesh, Plan, check_mesh, plan, without_data
 
 
 def families() -> dict[str, type]:
@@ -64,24 +66,51 @@ def init(
     """A model with random weights, for training from scratch.
 
     Matrices are normal with the config's `initializer_range`, norms one, biases zero; `dtype` is that of all weights.
+    With a mesh every device draws its own part of them; the same key gives the same weights on every mesh.
     """
-    refuse_mesh(mesh)
-    return family_of(config).build(config, key=key, dtype=jnp.dtype(dtype), execution=resolve(execution))
+
+    chosen = resolve(execution, mesh)
+
+    def build(key: PRNGKeyArray) -> Decoder:
+        return family_of(config).build(config, key=key, dtype=jnp.dtype(dtype), execution=chosen)
+
+    if mesh is None:
+        return build(key)
+    model = skeleton(config, dtype=dtype, mesh=mesh, execution=chosen)
+    shardings = plan_sharding(model, mesh).shardings
+    return replace_leaves(model, jax.jit(lambda key: leaf_paths(build(key)), out_shardings=shardings)(key))
 
 
 def skeleton(
-    config: object, *, dtype: DTypeLike = "float32", execution: str | AbstractExecution | None = None
+    config: object,
+    *,
+    dtype: DTypeLike = "float32",
+    mesh: Mesh | None = None,
+    execution: str | AbstractExecution | None = None,
 ) -> Decoder:
     """The model that `init` would make, with a `jax.ShapeDtypeStruct` for every weight: no memory, no time."""
-    return eqx.filter_eval_shape(lambda: init(config, key=jax.random.key(0), dtype=dtype, execution=execution))
+    build, chosen = family_of(config).build, resolve(execution, mesh)
+    model = eqx.filter_eval_shape(
+        lambda: build(config, key=jax.random.key(0), dtype=jnp.dtype(dtype), execution=chosen)
+    )
+    return model if mesh is None else dataclasses.replace(model, mesh=check_mesh(mesh))
 
 
 def with_options(
     model: Decoder, *, mesh: Mesh | None = None, execution: str | AbstractExecution | None = None
 ) -> Decoder:
-    """The same weights, run otherwise. `execution=None` picks the dropless one for this platform."""
-    refuse_mesh(mesh)
-    chosen = resolve(execution)
+    """The same weights, placed and run otherwise.
+
+    Args:
+        mesh: the devices to spread the weights over, see `eqx_moe.sharding`; None leaves them where they are. (A mesh
+            of one device brings a sharded model together.)
+        execution: how MoE blocks run; None picks the dropless one for the platform and the mesh.
+    """
+    if mesh is not None:
+        model = dataclasses.replace(model, mesh=check_mesh(mesh))
+        shardings = plan_sharding(model, mesh).shardings
+        model = replace_leaves(model, {p: jax.device_put(x, shardings[p]) for p, x in leaf_paths(model).items()})
+    chosen = resolve(execution, model.mesh)
     places = [i for i, layer in enumerate(model.layers) if layer.moe is not None]
     if not places:
         return model
@@ -92,10 +121,22 @@ def with_options(
     )
 
 
-def refuse_mesh(mesh: Mesh | None) -> None:
-    """Sharded models are not there yet; better said than replicated in silence."""
-    if mesh is not None:
-        raise ValueError(f"`mesh` must be None: this version runs a model on one device; got {mesh!r}.")
+def plan_sharding(model: Decoder, mesh: AnyMesh) -> Plan:
+    """Where each weight of a model (or its `skeleton`) goes on a mesh; `print` it for a table.
+
+    Raises:
+        ValueError: an axis that is not `data`, `expert` or `tensor`; experts that the axis `expert` does not divide.
+    """
+    return plan(leaf_paths(model), mesh, model.head_dims)
+
+
+def gathered_along_data(model: Decoder) -> Decoder:
+    """The same model, its weights whole along `data`: for decoding, which would else gather them for every token."""
+    if model.mesh is None:
+        return model
+    shardings = plan_sharding(model, model.mesh).shardings
+    leaves = leaf_paths(model)
+    return replace_leaves(model, {path: jax.device_put(x, without_data(shardings[path])) for path, x in leaves.items()})
 
 
 def count_parameters(model: Decoder) -> tuple[int, int]:

@@ -3,6 +3,9 @@ import pathlib
 
 import pytest
 
+# Simulated devices, for the tests of meshes; before anything loads JAX. It costs a few percent.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+
 
 @pytest.fixture
 def getkey():

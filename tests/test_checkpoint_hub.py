@@ -134,9 +134,6 @@ def test_wrong_arguments(tmp_path):
     for dtype in ("int8", "float64", "fp8", ""):
         with pytest.raises(ValueError, match="`dtype` must be one of"):
             eqx_moe.from_pretrained(tmp_path / "b", dtype=dtype)
-    mesh = jax.make_mesh((1,), ("data",))
-    with pytest.raises(ValueError, match="`mesh` must be None"):
-        eqx_moe.from_pretrained(tmp_path / "b", mesh=mesh)
 
 
 def test_a_changed_model_needs_its_own_config(tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
 from eqx_moe.checkpoint.dtypes import WEIGHT_DTYPES, cast, target_dtype, weight_dtype
@@ -29,10 +30,13 @@ def load_leaves(
     tied: tuple[tuple[str, str], ...] = (),
     dtype: str = "auto",
     keep_fp32: tuple[str, ...] = (),
+    shardings: Mapping[str, Sharding] | None = None,
 ) -> dict[str, Float[Array, "..."]]:
     """Reads the leaves of a model (path -> shape) from a folder of safetensors files.
 
-    The host holds the model (where it is also the device) and one leaf, or the few that share tensors on disk.
+    The host holds the model (where it is also the device) and one leaf, or the few that share tensors on disk. With
+    `shardings` no device holds more than its parts. In a program of several processes each reads the same files, but
+    leaves out the entries of a stack (experts, say) that none of its devices holds.
 
     Args:
         leaves: their dtypes are not looked at.
@@ -41,6 +45,7 @@ def load_leaves(
         tied: (second name, name) of tensors that may be stored twice, and then must be equal bit for bit.
         dtype: "auto" keeps every tensor as it is stored; else the name of the dtype to which all are cast.
         keep_fp32: templates of leaf paths that become float32 whatever other dtype is named.
+        shardings: path -> where the leaf goes; None puts all on the default device.
 
     Raises:
         CheckpointError: ST-* and IDX-* codes, see `eqx_moe.errors`; no data is read before all headers are found right.
@@ -59,15 +64,62 @@ def load_leaves(
             groups.setdefault(tuple(part.leaf for part in tensor.parts), []).append(tensor)
         result: dict[str, jax.Array] = {}
         for paths, group in groups.items():
+            kept = _entries_here(paths, group, leaves, shardings)
             buffers = {}
             for path in paths:
                 target = target_dtype(path, WEIGHT_DTYPES[stored[group[0].name].entry.dtype], named, keep_fp32)
-                buffers[path] = aligned_empty(leaves[path].shape, target)
+                buffers[path] = aligned_empty((len(kept), *leaves[path].shape[1:]), target)
             for tensor in group:
-                places = [buffers[part.leaf][(*part.index, ...)] for part in tensor.parts]
+                index = tensor.parts[0].index
+                if index and index[0] not in kept:
+                    continue
+                here = (index[0] - kept.start, *index[1:]) if index else ()
+                places = [buffers[part.leaf][(*here, ...)] for part in tensor.parts]
                 _read_tensor(tensor, stored[tensor.name], places)
-            result |= {path: jax.device_put(buffer) for path, buffer in buffers.items()}
+            for path in paths:
+                buffer = buffers.pop(path)
+                result[path] = (
+                    jax.device_put(buffer)
+                    if shardings is None
+                    else _put(buffer, kept.start, leaves[path].shape, shardings[path])
+                )
     return {path: result[path] for path in leaves}
+
+
+def _entries_here(
+    paths: tuple[str, ...],
+    group: list[Tensor],
+    leaves: Mapping[str, jax.ShapeDtypeStruct],
+    shardings: Mapping[str, Sharding] | None,
+) -> range:
+    """Which entries of their first axis this process needs: all, but of stacks only what its devices hold."""
+    whole = range(leaves[paths[0]].shape[0])
+    if shardings is None or not group[0].parts[0].index:
+        return whole
+    slices = [
+        index[0].indices(len(whole))
+        for path in paths
+        for index in shardings[path].addressable_devices_indices_map(leaves[path].shape).values()
+        if index is not None
+    ]
+    return range(min(start for start, _, _ in slices), max(stop for _, stop, _ in slices))
+
+
+def _put(buffer: np.ndarray, start: int, shape: tuple[int, ...], sharding: Sharding) -> jax.Array:
+    """The leaf whose entries from `start` on are in the buffer, each device's part copied to it."""
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        first, stop, _ = index[0].indices(shape[0])
+        view = buffer[(slice(first - start, stop - start), *index[1:])]
+        if view.shape == buffer.shape:
+            return buffer
+        # Apart from the buffer: a CPU device takes over what it is given, and would keep all of the buffer alive.
+        apart = aligned_empty(view.shape, view.dtype)
+        apart[...] = view
+        return apart
+
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

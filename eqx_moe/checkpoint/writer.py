@@ -1,5 +1,6 @@
 """Writing a checkpoint: shards planned from shapes, one tensor in memory at a time, all written before any is used."""
 
+import collections
 import functools
 import json
 import math
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from eqx_moe.checkpoint.dtypes import FORMAT_NAMES, cast, target_dtype, weight_dtype
@@ -36,6 +39,9 @@ def save_leaves(
     other_files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Writes the leaves of a model (path -> array) as a folder of safetensors files, beside `other_files`.
+
+    The host holds a leaf at a time; of a leaf that is spread over devices, what one tensor on disk has. If the devices
+    belong to several processes, all must call this: the first writes, the others send, and all wait until it is done.
 
     Everything is first written under temporary names and synced. Then an earlier save's config.json is removed, the new
     files are moved into place, shards and index of the earlier save are removed, and config.json comes last. Killed at
@@ -84,7 +90,16 @@ def save_leaves(
         small[INDEX] = _index(shards, dtypes)
     contents |= {name: lambda content=content: (content,) for name, content in small.items()}
     stale = [entry.name for entry in folder.iterdir() if _OURS.fullmatch(entry.name) and entry.name not in contents]
-    _replace_all(folder, contents, stale)
+    if all(leaf.is_fully_addressable for leaf in leaves.values() if isinstance(leaf, jax.Array)):
+        _replace_all(folder, contents, stale)
+        return
+    if jax.process_index() == 0:
+        _replace_all(folder, contents, stale)
+    else:
+        # The same gathering in the same order; what it brings is for the first process to write.
+        for content in contents.values():
+            collections.deque(content(), maxlen=0)
+    multihost_utils.sync_global_devices("eqx_moe.save_leaves")
 
 
 def parse_size(size: int | str) -> int:
@@ -154,8 +169,13 @@ def _shard(
     for tensor in tensors.values():
         if paths != (paths := tuple(part.leaf for part in tensor.parts)):
             hosts.clear()  # before the next ones: elsewhere than on CPU these are copies
-            hosts.update({path: _host(leaves[path]) for path in paths})
-        blocks = [np.ascontiguousarray(hosts[part.leaf][(*part.index, ...)]) for part in tensor.parts]
+            hosts.update({path: _host(leaf) for path in paths if not _is_spread(leaf := leaves[path])})
+        blocks = [
+            np.ascontiguousarray(hosts[part.leaf][(*part.index, ...)])
+            if part.leaf in hosts
+            else assemble(leaves[part.leaf], part.index)
+            for part in tensor.parts
+        ]
         rows = [block.reshape(tensor.runs, -1) for block in blocks]
         for run in range(tensor.runs):
             for part, row in zip(tensor.parts, rows, strict=True):
@@ -184,6 +204,35 @@ def _host(leaf: Array | np.ndarray) -> np.ndarray:
         return np.asarray(jax.device_put(leaf, jax.local_devices(backend="cpu")[0]))
     except RuntimeError:  # JAX_PLATFORMS leaves the CPU out.
         return np.asarray(leaf)
+
+
+def _is_spread(leaf: Array | np.ndarray) -> bool:
+    return isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
+
+
+def assemble(leaf: Array | np.ndarray, index: tuple[int, ...]) -> Float[np.ndarray, "..."]:
+    """The entry `index` of a leaf that is spread over devices, on the host.
+
+    Where devices of other processes hold parts, all processes take part, and every device gets the whole entry.
+    """
+    assert isinstance(leaf, jax.Array)
+    if not leaf.is_fully_addressable:
+        assert isinstance(leaf.sharding, NamedSharding), leaf.sharding
+        whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        return _host(jax.jit(_entry, out_shardings=whole)(leaf, index).addressable_data(0))
+    entry = np.empty(leaf.shape[len(index) :], leaf.dtype)
+    for shard in leaf.addressable_shards:
+        places, rest = shard.index[: len(index)], shard.index[len(index) :]
+        bounds = [place.indices(size) for place, size in zip(places, leaf.shape, strict=False)]
+        if shard.replica_id == 0 and all(b[0] <= i < b[1] for i, b in zip(index, bounds, strict=True)):
+            here = tuple(i - start for i, (start, _, _) in zip(index, bounds, strict=True))
+            entry[rest] = _host(_entry(shard.data, here))
+    return entry
+
+
+@jax.jit
+def _entry(leaf: Array, index: tuple[Array, ...]) -> Array:
+    return leaf[index]
 
 
 def _replace_all(

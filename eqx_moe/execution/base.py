@@ -1,7 +1,7 @@
 """What a router decides (`Routing`) and what carries it out (`AbstractExecution`)."""
 
 import abc
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import equinox as eqx
 from jaxtyping import Array, Bool, Float, Int
@@ -48,9 +48,24 @@ class ExpertFunction(Protocol):
 
     def __call__(self, x: Float[Array, "*rows hidden"], linear: StackedLinear, /) -> Float[Array, "*rows hidden"]: ...
 
+    def partition(self, expert: str | None, tensor: str | None, /) -> "ExpertFunction":
+        """A `PartitionSpec` in place of every array: experts over the mesh axis `expert`, ffn over `tensor`.
+
+        Devices along `tensor` then each compute a part of the ffn dimension, and their outputs are summed.
+        """
+        ...
+
+    def share(self, parts: int, /) -> "ExpertFunction":
+        """The experts of one among `parts` devices whose outputs are summed: what is added to the output itself (a bias
+        of the last product) is divided by `parts`, all else is the same."""
+        ...
+
 
 class AbstractExecution(abc.ABC):
     """A way to run the experts. Final subclasses are frozen dataclasses of their options, without arrays."""
+
+    #: Whether what a token gets depends on the other tokens of its row: a row then has to stay in one piece.
+    by_row: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(

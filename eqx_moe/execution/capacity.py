@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from fractions import Fraction
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ class Capacity(AbstractExecution):
 
     factor: float | int = 1.25
     dropped: str = "zero"
+    by_row: ClassVar[bool] = True
 
     def __post_init__(self):
         if not 0 < self.factor < math.inf:

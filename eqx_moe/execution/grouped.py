@@ -31,9 +31,12 @@ class Grouped(AbstractExecution):
         order = jnp.argsort(flat, stable=True)
         sizes = jnp.sum(flat[:, None] == jnp.arange(experts.num_experts), axis=0, dtype=jnp.int32)
         expert_of_row = flat[order]
+        # With a share of a block's experts, about that share of the pairs goes to them.
+        everyone = routing.num_experts or experts.num_experts
+        expected = -(-flat.size * experts.num_experts // everyone)
 
         def linear(rows, stack, bias=None):
-            y = grouped_matmul(rows, stack, sizes)
+            y = grouped_matmul(rows, stack, sizes, expected)
             return y if bias is None else y + bias[expert_of_row]
 
         y = experts(x[order // k], linear)

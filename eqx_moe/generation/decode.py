@@ -17,8 +17,10 @@ from jaxtyping import Array, Bool, Int, Key
 
 from eqx_moe.family.rope import position_limit
 from eqx_moe.generation.sampling import Sampling, choose
+from eqx_moe.models import gathered_along_data
 from eqx_moe.nn.cache import Cache
 from eqx_moe.nn.decoder import Decoder
+from eqx_moe.sharding import put, replicate
 
 Prompts = Sequence[Sequence[int]] | Int[Array, "*batch seq"] | Int[np.ndarray, "*batch seq"]
 
@@ -34,6 +36,9 @@ def generate(
     eos_ids: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continues prompts, all rows at once, in a loop on the device.
+
+    On a mesh the weights are gathered along `data` first, and held so until the end: each group of devices has them
+    whole and takes its part of the rows. In a program of several processes all give the same prompts, and get all rows.
 
     Args:
         prompts: lists of token ids, of any lengths, or an array of ids whose leading axes are flattened.
@@ -52,18 +57,11 @@ def generate(
             `max_new_tokens` below 1.
     """
     rows = _checked(model, prompts, max_new_tokens)
-    sampling = Sampling(temperature, top_k, top_p)
+    model = gathered_along_data(model)
     cache, tokens, segments = _prepare(model, rows, max_new_tokens)
-    new, counts = _generate(
-        model,
-        cache,
-        tokens,
-        segments,
-        sampling,
-        _row_keys(seed, len(rows)),
-        _eos(model, eos_ids),
-        jnp.asarray(max_new_tokens),
-    )
+    given = Sampling(temperature, top_k, top_p), _row_keys(seed, len(rows)), _eos(model, eos_ids)
+    sampling, keys, eos, limit = put((*given, jnp.asarray(max_new_tokens)), model.mesh)
+    new, counts = _generate(model, cache, tokens, segments, sampling, keys, eos, limit)
     new, counts = np.asarray(new), np.asarray(counts)
     return [new[r, : counts[r]].tolist() for r in range(len(rows))]
 
@@ -84,18 +82,18 @@ def stream(
     The arguments are checked by the call, before the first id is asked for.
     """
     rows = _checked(model, [prompt], max_new_tokens)
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling, keys = put((Sampling(temperature, top_k, top_p), _row_keys(seed, 1)), model.mesh)
     ends = set(np.asarray(_eos(model, eos_ids)).tolist())
 
     def ids() -> Iterator[int]:
-        cache, tokens, segments = _prepare(model, rows, max_new_tokens)
-        keys = _row_keys(seed, 1)
-        cache, token = _prefill(model, cache, tokens, segments, sampling, keys)
+        whole = gathered_along_data(model)
+        cache, tokens, segments = _prepare(whole, rows, max_new_tokens)
+        cache, token = _prefill(whole, cache, tokens, segments, sampling, keys)
         for step in range(1, max_new_tokens + 1):
             yield (last := int(token[0]))
             if last in ends or step == max_new_tokens:
                 return
-            cache, token = _advance((model, sampling, keys), cache, token, jnp.asarray(step))
+            cache, token = _advance((whole, sampling, keys), cache, token, put(jnp.asarray(step), model.mesh))
 
     return ids()
 
@@ -156,8 +154,8 @@ def _prepare(model: Decoder, rows: list[np.ndarray], max_new_tokens: int):
         segments[r, width - row.size :] = 1
     cache = model.init_cache(len(rows), width + _bucket(max_new_tokens))
     lengths = jnp.asarray([row.size + max_new_tokens for row in rows], jnp.int32)
-    cache = eqx.tree_at(lambda c: c.lengths, cache, lengths)
-    return cache, jnp.asarray(tokens), jnp.asarray(segments)
+    lengths, tokens, segments = put((lengths, jnp.asarray(tokens), jnp.asarray(segments)), model.mesh, rows=True)
+    return eqx.tree_at(lambda c: c.lengths, cache, lengths), tokens, segments
 
 
 def _row_keys(seed: int, rows: int) -> Key[Array, " batch"]:
@@ -182,7 +180,7 @@ def _next(model: Decoder, cache: Cache, tokens, segments, step, sampling: Sampli
     out = model.forward(tokens, segment_ids=segments, cache=cache)
     assert out.cache is not None
     token = choose(model.unembed(out.hidden[:, -1]), sampling, _step_keys(keys, step))
-    return out.cache, token.astype(jnp.int32)
+    return out.cache, replicate(token.astype(jnp.int32), model.mesh)
 
 
 @eqx.filter_jit
@@ -229,4 +227,4 @@ def _generate(
 
     state = (jnp.asarray(1), cache, token, new, ended(token), jnp.ones(batch, jnp.int32))
     *_, new, _, counts = lax.while_loop(going, advance, state)
-    return new, counts
+    return replicate((new, counts), model.mesh)

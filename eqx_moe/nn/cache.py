@@ -3,8 +3,11 @@
 import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
+
+from eqx_moe.sharding import cache_sharding, put
 
 
 class LayerCache(eqx.Module):
@@ -51,15 +54,27 @@ class Cache(eqx.Module):
     filled: Int[Array, ""]
     lengths: Int[Array, " batch"]
 
-    def __init__(self, shapes: tuple[tuple[int, int], ...], batch: int, length: int, dtype: DTypeLike):
-        """`shapes` gives (kv_heads, head_dim) of each layer."""
+    def __init__(
+        self,
+        shapes: tuple[tuple[int, int], ...],
+        batch: int,
+        length: int,
+        dtype: DTypeLike,
+        mesh: Mesh | None = None,
+    ):
+        """`shapes` gives (kv_heads, head_dim) of each layer. On a mesh the rows are split like those of a batch."""
         self.layers = tuple(
-            LayerCache(*(jnp.zeros((batch, kv_heads, length, head_dim), dtype) for _ in ("keys", "values")))
+            LayerCache(
+                *(
+                    jnp.zeros((batch, kv_heads, length, head_dim), dtype, device=cache_sharding(mesh, batch, kv_heads))
+                    for _ in ("keys", "values")
+                )
+            )
             for kv_heads, head_dim in shapes
         )
-        self.segments = jnp.zeros((batch, length), jnp.int32)
-        self.filled = jnp.zeros((), jnp.int32)
-        self.lengths = jnp.full(batch, length, jnp.int32)
+        self.segments = put(jnp.zeros((batch, length), jnp.int32), mesh, rows=True)
+        self.filled = put(jnp.zeros((), jnp.int32), mesh)
+        self.lengths = put(jnp.full(batch, length, jnp.int32), mesh, rows=True)
 
     @property
     def length(self) -> int:

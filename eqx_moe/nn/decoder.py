@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from eqx_moe.kernels.linear import linear
@@ -18,6 +19,7 @@ from eqx_moe.nn.mlp import MLP
 from eqx_moe.nn.moe import LayerRouting, MoE, RouterStats
 from eqx_moe.nn.norm import RMSNorm
 from eqx_moe.nn.rope import AbstractRope
+from eqx_moe.sharding import check_surroundings, gather_weights, split_rows
 
 
 class RouterOutput(eqx.Module):
@@ -72,7 +74,8 @@ class Block(eqx.Module):
 class Decoder(eqx.Module):
     """A decoder-only language model.
 
-    `config` and `generation_config` are what it was built from: hashable records that this class only carries.
+    `config` and `generation_config` are what it was built from: hashable records that this class only carries. `mesh`
+    is that of the devices which its weights are spread over, None for one device; see `eqx_moe.sharding`.
     """
 
     embed: Embedding
@@ -81,6 +84,7 @@ class Decoder(eqx.Module):
     head: Linear | None
     config: Any = eqx.field(static=True)
     generation_config: Any = eqx.field(static=True)
+    mesh: Mesh | None = eqx.field(static=True, default=None)
 
     def __call__(
         self,
@@ -119,20 +123,24 @@ class Decoder(eqx.Module):
         _refuse_bad_ids(tokens, self.embed.weight.shape[0])
         shape = tokens.shape
         tokens = tokens.reshape(-1, shape[-1])
+        if self.mesh is not None:
+            tokens = split_rows(check_surroundings(tokens), self.mesh)
         if cache is not None and cache.segments.shape[0] != tokens.shape[0]:
             raise ValueError(f"`cache` is for {cache.segments.shape[0]} rows; got {tokens.shape[0]} rows of tokens.")
         if segment_ids is not None:
-            segment_ids = segment_ids.reshape(tokens.shape)
+            segment_ids = split_rows(segment_ids.reshape(tokens.shape), self.mesh)
         rows, default_positions, lengths = _rows(tokens, segment_ids, cache)
         positions = default_positions if positions is None else positions.reshape(tokens.shape)
 
         tables = {rope: rope.tables(positions, lengths) for rope in self._ropes()}
-        x = self.embed(tokens)
+        x = split_rows(gather_weights(self.embed, self.mesh, at="embed")(tokens), self.mesh)
         keys = [None] * len(self.layers) if key is None else jax.random.split(key, len(self.layers))
         caches: list[LayerCache | None] = [None] * len(self.layers) if cache is None else list(cache.layers)
         routings: list[LayerRouting] = []
         for i, layer in enumerate(self.layers):
+            layer = gather_weights(layer, self.mesh, at=f"layers.{i}", head_dims=self.head_dims)
             x, caches[i], routing = layer(x, rows, tables[layer.attention.rope], caches[i], keys[i])
+            x = split_rows(x, self.mesh)
             if routing is not None:
                 routings.append(routing)
         hidden = self.norm(x)
@@ -157,8 +165,19 @@ class Decoder(eqx.Module):
 
     def unembed(self, hidden: Float[Array, "*batch hidden"]) -> Float32[Array, "*batch vocab"]:
         """Logits of hidden states, float32."""
-        weight = self.embed.weight if self.head is None else self.head.weight
-        return linear(hidden, weight, jnp.float32)
+        return linear(hidden, self.unembedding, jnp.float32)
+
+    @property
+    def unembedding(self) -> Float[Array, "vocab hidden"]:
+        """What `unembed` multiplies with: the head's weight, or with tied embeddings the embedding's."""
+        if self.head is None:
+            return gather_weights(self.embed, self.mesh, at="embed").weight
+        return gather_weights(self.head, self.mesh, at="head").weight
+
+    @property
+    def head_dims(self) -> dict[str, int]:
+        """The path of each attention part -> the size of its heads, for `eqx_moe.sharding`."""
+        return {f"layers.{i}.attention": layer.attention.head_dim for i, layer in enumerate(self.layers)}
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` rows of at most `length` places, in the dtype of the embedding.
@@ -167,7 +186,7 @@ class Decoder(eqx.Module):
         row: with them, make the cache as long as the rows will be, or set `lengths` to what they will be.
         """
         shapes = tuple((layer.attention.kv_heads, layer.attention.head_dim) for layer in self.layers)
-        return Cache(shapes, batch, length, self.embed.weight.dtype)
+        return Cache(shapes, batch, length, self.embed.weight.dtype, self.mesh)
 
     def _ropes(self) -> set[AbstractRope]:
         return {layer.attention.rope for layer in self.layers}

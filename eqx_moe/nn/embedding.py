@@ -1,10 +1,11 @@
 """Token embeddings."""
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from eqx_moe.nn.init import normal
 
 
 class Embedding(eqx.Module):
@@ -13,7 +14,7 @@ class Embedding(eqx.Module):
     weight: Float[Array, "vocab hidden"]
 
     def __init__(self, vocab: int, hidden: int, *, std: float, dtype: DTypeLike, key: PRNGKeyArray):
-        self.weight = std * jax.random.normal(key, (vocab, hidden), dtype)
+        self.weight = normal(key, (vocab, hidden), std, dtype)
 
     def __call__(self, tokens: Int[Array, "*batch seq"]) -> Float[Array, "*batch seq hidden"]:
         """An id outside the vocabulary gives NaN. (JAX's own indexing would clamp it, or count from the end.)"""

@@ -1,12 +1,12 @@
 """Linear maps with weights as they lie on disk: `[out, in]`."""
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from eqx_moe.kernels.linear import linear
+from eqx_moe.nn.init import normal
 
 
 class Linear(eqx.Module):
@@ -19,7 +19,7 @@ class Linear(eqx.Module):
         self, in_size: int, out_size: int, *, bias: bool = False, std: float, dtype: DTypeLike, key: PRNGKeyArray
     ):
         """Weights are normal with standard deviation `std`, biases zero."""
-        self.weight = std * jax.random.normal(key, (out_size, in_size), dtype)
+        self.weight = normal(key, (out_size, in_size), std, dtype)
         self.bias = jnp.zeros(out_size, dtype) if bias else None
 
     def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:

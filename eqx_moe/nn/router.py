@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from eqx_moe.execution import Routing
+from eqx_moe.nn.init import normal
 
 
 class AbstractRouter(eqx.Module):
@@ -40,7 +41,7 @@ class SoftmaxTopKRouter(AbstractRouter):
 
     def __init__(self, hidden: int, experts: int, k: int, *, std: float, dtype: DTypeLike, key: PRNGKeyArray):
         _check(k, experts)
-        self.weight = std * jax.random.normal(key, (experts, hidden), dtype)
+        self.weight = normal(key, (experts, hidden), std, dtype)
         self.k = k
 
     def logits(self, x: Float[Array, "*tokens hidden"]) -> Float32[Array, "*tokens experts"]:
@@ -82,7 +83,7 @@ class SigmoidTopKRouter(AbstractRouter):
         key: PRNGKeyArray,
     ):
         _check(k, experts)
-        self.weight = std * jax.random.normal(key, (experts, hidden), dtype)
+        self.weight = normal(key, (experts, hidden), std, dtype)
         self.selection_bias = jnp.zeros(experts, jnp.float32)
         self.k = k
         self.normalise = normalise

@@ -13,7 +13,9 @@ from jaxtyping import Array, Bool, PRNGKeyArray, PyTree, Shaped
 from tqdm import tqdm
 
 from eqx_moe.errors import EqxMoeError
+from eqx_moe.models import plan_sharding
 from eqx_moe.nn.decoder import Decoder
+from eqx_moe.sharding import like_weights, put, replicate
 from eqx_moe.train.batch import Batch
 from eqx_moe.train.losses import loss
 
@@ -62,16 +64,21 @@ def are_matrices(params: PyTree) -> PyTree[bool]:
 
 
 def init_optimizer(optimizer: optax.GradientTransformation, model: Decoder) -> PyTree:
-    """The optimizer's state for a model's weights."""
-    return optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+    """The optimizer's state for a model's weights. On a mesh it is spread like the weights that it belongs to."""
+    params = eqx.filter(model, eqx.is_inexact_array)
+    if model.mesh is None:
+        return optimizer.init(params)
+    shardings = like_weights(jax.eval_shape(optimizer.init, params), plan_sharding(model, model.mesh))
+    return jax.jit(optimizer.init, out_shardings=shardings)(params)
 
 
 def make_step(optimizer: optax.GradientTransformation) -> Step:
     """One training step, compiled as one: `step(model, opt_state, batch, key) -> (model, opt_state, metrics)`.
 
     The model and the optimizer state that go in are donated: their memory is used again for those that come out, and
-    neither may be used after the call. If the loss or a gradient is not finite, both come out as they went in. The
-    metrics are those of `loss`, `grad_norm`, and `finite`, which says whether the update was made.
+    neither may be used after the call. On a mesh the batch is spread over it, and both come out placed as they went in.
+    If the loss or a gradient is not finite, both come out as they went in. The metrics are those of `loss`,
+    `grad_norm`, and `finite`, which says whether the update was made.
     """
 
     @eqx.filter_jit(donate="all-except-first")
@@ -83,11 +90,17 @@ def make_step(optimizer: optax.GradientTransformation) -> Step:
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         updates, new_state = optimizer.update(grads, opt_state, params)
         new_params = optax.apply_updates(params, updates)
-        model = eqx.combine(_choose(finite, new_params, params), rest)
-        return model, _choose(finite, new_state, opt_state), metrics | {"grad_norm": grad_norm, "finite": finite}
+        new_params, new_state = _choose(finite, (new_params, new_state), (params, opt_state))
+        metrics = metrics | {"grad_norm": grad_norm, "finite": finite}
+        if model.mesh is not None:
+            plan = plan_sharding(model, model.mesh)
+            new_params, new_state = (
+                jax.lax.with_sharding_constraint(tree, like_weights(tree, plan)) for tree in (new_params, new_state)
+            )
+        return eqx.combine(new_params, rest), new_state, replicate(metrics, model.mesh)
 
     def step(model: Decoder, opt_state: PyTree, batch: Batch, key: PRNGKeyArray | None = None):
-        return donating((batch, key), model, opt_state)
+        return donating((put(batch, model.mesh, rows=True), put(key, model.mesh)), model, opt_state)
 
     return step
 
@@ -178,7 +191,7 @@ def evaluate(
     """
     nats, tokens = 0.0, 0
     for batch in tqdm(batches, desc="measuring", unit="batch", leave=False, disable=None if progress else True):
-        metrics = jax.device_get(_measure(model, batch))
+        metrics = jax.device_get(_measure(model, put(batch, model.mesh, rows=True)))
         nats += float(metrics["cross_entropy"]) * int(metrics["tokens"])
         tokens += int(metrics["tokens"])
     if tokens == 0:
@@ -193,4 +206,4 @@ def evaluate(
 
 @eqx.filter_jit
 def _measure(model: Decoder, batch: Batch) -> Metrics:
-    return loss(model, batch)[1]
+    return replicate(loss(model, batch)[1], model.mesh)

@@ -39,8 +39,7 @@ def loss(
     """
     labels = next_tokens(batch)
     out = model.forward(batch.tokens, segment_ids=batch.segment_ids, key=key)
-    unembedding = model.embed.weight if model.head is None else model.head.weight
-    nll = cross_entropy_sum(out.hidden.reshape(-1, out.hidden.shape[-1]), unembedding, labels.reshape(-1))
+    nll = cross_entropy_sum(out.hidden.reshape(-1, out.hidden.shape[-1]), model.unembedding, labels.reshape(-1))
     tokens = jnp.sum(labels != IGNORE)
     cross_entropy_ = nll / jnp.maximum(tokens, 1)
     metrics = {"cross_entropy": cross_entropy_, "tokens": tokens}

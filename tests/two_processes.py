@@ -1,0 +1,75 @@
+"""One of the processes of tests/test_distributed.py: `two_processes.py FOLDER PORT PROCESS AXES SHAPE`.
+
+Two processes of two devices each run the same program; what it finds is compared with what one process wrote to FOLDER.
+"""
+
+import pathlib
+import sys
+
+import equinox as eqx
+import jax
+import meshes
+import numpy as np
+import optax
+
+import eqx_moe
+from eqx_moe import sharding, train
+from eqx_moe.checkpoint import leaf_paths, reader
+
+
+def main(folder: pathlib.Path, port: str, process: int, axes: tuple[str, ...], shape: tuple[int, ...]) -> None:
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, process, initialization_timeout=60)
+    assert len(jax.devices()) == 4 and len(jax.local_devices()) == 2
+    mesh = jax.make_mesh(shape, axes)
+
+    read = []
+    original = reader._read_tensor
+    reader._read_tensor = lambda tensor, *rest: (read.append(tensor.name), original(tensor, *rest))
+    model = eqx_moe.from_pretrained(folder / "model", mesh=mesh)
+    experts = {name.split(".")[5] for name in read if ".experts." in name}
+    across = axes[0] == "expert"
+    half = range(8 * process, 8 * process + 8) if across else range(16)
+    assert experts == {str(e) for e in half}, experts
+
+    with np.load(folder / "expected.npz") as file:
+        expected = dict(file)
+    check(leaf_paths(model), expected, "weight ", 0)
+    check(leaf_paths(eqx_moe.init(meshes.MIXTRAL, key=jax.random.key(3), mesh=mesh)), expected, "weight ", 0)
+
+    batch = sharding.put(meshes.batch(), model.mesh, rows=True)
+    (loss, metrics), gradients = value_and_grad(model, batch)
+    np.testing.assert_allclose(loss, expected["loss"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["aux_loss"], expected["aux_loss"], rtol=1e-6)
+    check(leaf_paths(gradients), expected, "gradient ", 1e-5 * expected["largest"])
+
+    if "prompts" in expected:
+        rows = eqx_moe.generate(model, expected["prompts"], 5, eos_ids=[])
+        assert rows == expected["rows"].tolist(), rows
+
+        tuned, history = train.fit(model, iter([meshes.batch()] * 2), steps=2, optimizer=optax.sgd(0.1, momentum=0.9))
+        np.testing.assert_allclose([step["loss"] for step in history], expected["losses"], rtol=1e-5)
+        check(leaf_paths(tuned), expected, "tuned ", 1e-5)
+
+    eqx_moe.save_pretrained(model, folder / "again", max_shard_size=30_000)
+    # When the call returns, the folder is whole for every process.
+    check(leaf_paths(eqx_moe.from_pretrained(folder / "again", mesh=mesh)), expected, "weight ", 0)
+    jax.distributed.shutdown()
+    print("all equal")
+
+
+@eqx.filter_jit
+def value_and_grad(model, batch):
+    values, gradients = eqx.filter_value_and_grad(train.loss, has_aux=True)(model, batch)
+    return sharding.replicate(values, model.mesh), gradients
+
+
+def check(leaves, expected, kind, most):
+    for path, leaf in leaves.items():
+        for shard in leaf.addressable_shards:
+            off = np.max(np.abs(np.asarray(shard.data) - expected[kind + path][shard.index]))
+            assert off <= most, (kind, path, shard.index, off, most)
+
+
+if __name__ == "__main__":
+    folder, port, process, axes, shape = sys.argv[1:]
+    main(pathlib.Path(folder), port, int(process), tuple(axes.split(",")), tuple(map(int, shape.split(","))))
