@@ -1,0 +1,299 @@
+"""A whole Mixtral-shaped model (178M parameters) on the CPU, float32: eqx_moe beside transformers on the same weights.
+
+    python benchmarks/model.py     # needs the `oracle` extra; writes 0.7 GB to a temporary folder; some 4 minutes
+
+Decoding: the difference between generating 1 + 64 tokens and 1 token from a prompt of 16, greedy, without an end token.
+Prefill: generating one token from a prompt of 512: the empty cache, the forward pass, the last place's logits, the
+choice, and the id back on the host. Training: one step on 4 rows of 256 tokens, with the router's load-balancing loss,
+gradients clipped to norm 1 and AdamW; transformers' model with `torch.optim.AdamW` as it is by default, and `fused`.
+
+For each task each side has a process of its own, which loads the model; the two take turns, a run each, and the one
+that waits does nothing. Medians of RUNS, after warm-up and compilation. Memory is a process's VmHWM at the end less
+what it was after the imports: loading, compiling and running. transformers maps the checkpoint, so that of its weights
+only the pages that were read count.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import machine
+
+RUNS = 5
+# Runs before those that count. A training process needs several until it has all its pages: a virtual machine's first
+# touch of memory can cost more than the step.
+WARM_UP = 4
+NEW, PROMPT, LONG_PROMPT = 64, 16, 512
+ROWS, LENGTH = 4, 256
+SHAPE = dict(
+    vocab_size=32_000,
+    hidden_size=512,
+    intermediate_size=1408,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    num_local_experts=8,
+    num_experts_per_tok=2,
+    max_position_embeddings=4096,
+)
+# What is compiled at 8 and at 32 layers.
+SMALL = SHAPE | dict(vocab_size=512, hidden_size=64, intermediate_size=96)
+
+#: task: how its figure is called, and what that is from the seconds of a run.
+TASKS = {
+    "decode": ("decode at batch 1, tok/s", lambda seconds: NEW / seconds),
+    "prefill": (f"prefill of {LONG_PROMPT}, tok/s", lambda seconds: LONG_PROMPT / seconds),
+    "train": (f"training step of {ROWS} x {LENGTH}, tok/s", lambda seconds: ROWS * LENGTH / seconds),
+}
+GOALS = {"decode": 2.5, "prefill": 1.2, "train": 1.3}
+
+
+def peak() -> int:
+    """Bytes that this process ever held in memory."""
+    with open("/proc/self/status") as file:
+        return int(next(line for line in file if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def random_ids(rows: int, length: int):
+    import numpy
+
+    return numpy.random.default_rng(0).integers(3, SHAPE["vocab_size"], (rows, length))
+
+
+def ours(task: str, folder: str):
+    """`load() -> model` and `prepare(model) -> run`; `run() -> (seconds, something to compare)`."""
+    import jax
+    import jax.numpy as jnp
+
+    import eqx_moe
+    import eqx_moe.hub
+    from eqx_moe.train import Batch, adamw, init_optimizer, make_step
+
+    jnp.zeros(1).block_until_ready()
+
+    def load():
+        model = eqx_moe.from_pretrained(folder)
+        return jax.block_until_ready(model)
+
+    def generating(model):
+        prompt = random_ids(1, PROMPT if task == "decode" else LONG_PROMPT).tolist()
+
+        def generate(new: int):
+            begin = time.perf_counter()
+            (ids,) = eqx_moe.generate(model, prompt, new, eos_ids=())
+            assert len(ids) == new
+            return time.perf_counter() - begin, ids
+
+        return generate
+
+    def training(model):
+        optimizer = adamw(1e-4, steps=1000, warmup=0)
+        ids = jnp.asarray(random_ids(ROWS, LENGTH), jnp.int32)
+        batch, step = Batch(tokens=ids, segment_ids=jnp.ones_like(ids), labels=ids), make_step(optimizer)
+        state = [model, init_optimizer(optimizer, model)]
+        del model  # its memory goes into the first step
+
+        def run():
+            begin = time.perf_counter()
+            *state[:], metrics = step(*state, batch)
+            jax.block_until_ready((state, metrics))
+            return time.perf_counter() - begin, float(metrics["loss"])
+
+        return run
+
+    return load, training if task == "train" else generating
+
+
+def theirs(task: str, folder: str, *, fused: bool | None = None):
+    """As `ours`."""
+    import torch
+    from transformers import MixtralForCausalLM
+
+    torch.set_num_threads(machine.cores())
+
+    def load():
+        return MixtralForCausalLM.from_pretrained(folder)
+
+    def generating(model):
+        model.generation_config.eos_token_id = None
+        prompt = torch.tensor(random_ids(1, PROMPT if task == "decode" else LONG_PROMPT))
+        options = dict(attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0)
+
+        def generate(new: int):
+            begin = time.perf_counter()
+            with torch.no_grad():
+                ids = model.generate(prompt, max_new_tokens=new, **options)[0, prompt.shape[1] :].tolist()
+            assert len(ids) == new
+            return time.perf_counter() - begin, ids
+
+        return generate
+
+    def training(model):
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
+        ids = torch.tensor(random_ids(ROWS, LENGTH))
+
+        def run():
+            begin = time.perf_counter()
+            loss = model(ids, labels=ids, output_router_logits=True, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            return time.perf_counter() - begin, loss.item()
+
+        return run
+
+    return load, training if task == "train" else generating
+
+
+SIDES = {
+    "eqx_moe": ours,
+    "transformers": theirs,
+    "transformers, fused AdamW": lambda task, folder: theirs(task, folder, fused=True),
+}
+
+
+def work(side: str, task: str, folder: str) -> None:
+    """A process of one side: warms up, says so, and then does a run for every line that it is sent."""
+    load, prepare = SIDES[side](task, folder)
+    before = peak()
+    run = prepare(load())
+
+    def decode():
+        (short, _), (long, ids) = run(1), run(1 + NEW)
+        return long - short, ids
+
+    once = {"decode": decode, "prefill": lambda: run(1), "train": run}[task]
+    _, result = once()
+    for _ in range(WARM_UP):
+        once()
+    print(json.dumps(result), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(once()[0]), flush=True)
+    print(json.dumps(peak() - before))
+
+
+def compare(task: str, sides: list[str], folder: str) -> dict[str, dict]:
+    """Figures of each side: `seconds` (the median), `peak` (bytes), `result` of the first run."""
+    processes = {
+        side: subprocess.Popen(
+            [sys.executable, __file__, "--work", side, task, folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for side in sides
+    }
+
+    def answer(side: str):
+        line = processes[side].stdout.readline()
+        if not line:
+            raise SystemExit(f"{side} failed at {task}")
+        return json.loads(line)
+
+    try:
+        found = {side: {"result": answer(side), "runs": []} for side in sides}
+        for _ in range(RUNS):
+            for side, process in processes.items():
+                process.stdin.write("\n")
+                process.stdin.flush()
+                found[side]["runs"].append(answer(side))
+        for side, process in processes.items():
+            process.stdin.close()
+            found[side]["peak"] = answer(side)
+            found[side]["seconds"] = statistics.median(found[side]["runs"])
+            process.wait()
+    finally:
+        for process in processes.values():
+            process.kill()
+    return found
+
+
+def compile_seconds(layers: int) -> float:
+    """The first training step less a later one, in a process of its own."""
+    command = [sys.executable, __file__, "--compile", str(layers)]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return float(found.stdout.strip().splitlines()[-1])
+
+
+def compile_step(layers: int) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    import eqx_moe
+    from eqx_moe.train import Batch, adamw, init_optimizer, make_step
+
+    optimizer = adamw(1e-4, steps=1000)
+    model = eqx_moe.init(eqx_moe.MixtralConfig(**SMALL | {"num_hidden_layers": layers}), key=jax.random.key(0))
+    state, step = init_optimizer(optimizer, model), make_step(optimizer)
+    ids = jnp.ones((ROWS, LENGTH), jnp.int32)
+    batch, seconds = Batch(tokens=ids, segment_ids=ids, labels=ids), []
+    for _ in range(2):
+        begin = time.perf_counter()
+        model, state, _ = jax.block_until_ready(step(model, state, batch))
+        seconds.append(time.perf_counter() - begin)
+    print(seconds[0] - seconds[1])
+
+
+def write_model(folder: str) -> None:
+    import jax
+
+    import eqx_moe
+
+    model = eqx_moe.init(eqx_moe.MixtralConfig(**SHAPE), key=jax.random.key(0))
+    eqx_moe.save_pretrained(model, folder, layout="packed")
+    print(f"{sum(leaf.size for leaf in jax.tree.leaves(model)) / 1e6:.0f}M parameters")
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--work"]:
+        return work(*sys.argv[2:])
+    if sys.argv[1:2] == ["--compile"]:
+        return compile_step(int(sys.argv[2]))
+    if sys.argv[1:2] == ["--write"]:
+        return write_model(sys.argv[2])
+    machine.keep_large_blocks()
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    print(machine.description(), flush=True)
+    speeds, memories, notes = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, __file__, "--write", folder], check=True)
+        for task, (label, figure) in TASKS.items():
+            sides = list(SIDES) if task == "train" else list(SIDES)[:2]
+            found = compare(task, sides, folder)
+            mine, peer = found["eqx_moe"], found["transformers"]
+            rates = {side: figure(each["seconds"]) for side, each in found.items()}
+            ratio = rates["eqx_moe"] / rates["transformers"]
+            speeds.append([label, rates["eqx_moe"], rates["transformers"], ratio, f">= {GOALS[task]}"])
+            if task == "train":
+                fused = rates[list(SIDES)[2]]
+                speeds.append(["the same, their AdamW fused", rates["eqx_moe"], fused, rates["eqx_moe"] / fused, ""])
+            both = [each["peak"] / 1e6 for each in (mine, peer)]
+            memories.append([f"peak memory, {task}, MB", *both, both[0] / both[1], "<= 1"])
+            spread = {side: [round(figure(seconds), 1) for seconds in each["runs"]] for side, each in found.items()}
+            if task == "train":
+                losses = {side: round(each["result"], 4) for side, each in found.items()}
+                notes.append(f"{task}: first losses {losses}; all runs: {spread}")
+            else:
+                pairs = list(zip(mine["result"], peer["result"], strict=True))
+                same = sum(a == b for a, b in pairs)
+                notes.append(f"{task}: {same} of {len(pairs)} ids are the same; all runs: {spread}")
+    layers = {number: statistics.median(compile_seconds(number) for _ in range(3)) for number in (8, 32)}
+    print(f"\nmedians of {RUNS}\n\n| | eqx_moe | transformers | ratio | goal |\n|---|---|---|---|---|")
+    for label, mine, peer, ratio, goal in speeds + memories:
+        digits = 0 if "MB" in label else 1
+        print(f"| {label} | {mine:.{digits}f} | {peer:.{digits}f} | {ratio:.2f} | {goal} |")
+    print(
+        "\n| compiling the training step (narrow model) | 8 layers | 32 layers | ratio | goal |\n|---|---|---|---|---|"
+    )
+    print(f"| seconds, medians of 3 | {layers[8]:.1f} | {layers[32]:.1f} | {layers[32] / layers[8]:.2f} | <= 1.5 |\n")
+    print("\n".join(notes))
+
+
+if __name__ == "__main__":
+    main()
