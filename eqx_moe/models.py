@@ -113,11 +113,11 @@ def with_options(
         shardings = plan_sharding(model, mesh).shardings
         model = replace_leaves(model, {p: jax.device_put(x, shardings[p]) for p, x in leaf_paths(model).items()})
     chosen = resolve(execution, model.mesh)
-    return jax.tree.map(
-        lambda node: dataclasses.replace(node, execution=chosen) if isinstance(node, MoE) else node,
-        model,
-        is_leaf=lambda node: isinstance(node, MoE),
-    )
+    nodes, structure = jax.tree.flatten(model, is_leaf=lambda node: isinstance(node, MoE))
+    if not any(isinstance(node, MoE) for node in nodes):
+        return model
+    nodes = [dataclasses.replace(node, execution=chosen) if isinstance(node, MoE) else node for node in nodes]
+    return jax.tree.unflatten(structure, nodes)
 
 
 def stack(model: Decoder, *, rematerialise: bool = False) -> Decoder:
