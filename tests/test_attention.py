@@ -91,11 +91,16 @@ def segments_of_queries(segments, shape, start: int):
     return segments[:, start : start + shape[3]]
 
 
-def assert_close(found, expected, tolerance=1e-5):
-    """Within 1e-5 of the largest entry. Also refuses NaN."""
+def assert_close(found, expected, tolerance=1e-5, q=0.0):
+    """Within 1e-5 of the largest entry. Also refuses NaN.
+
+    The gradient of keys is a sum of terms as large as `q`, most of which cancel where the softmax is steep: it has no
+    more digits than its largest term.
+    """
     for name, ours, theirs in zip(("out", "d_q", "d_k", "d_v", "d_sinks"), found, expected, strict=False):
         error = np.abs(np.asarray(ours) - np.asarray(theirs)).max()
-        assert error <= tolerance * max(1.0, np.abs(np.asarray(theirs)).max()), name
+        term = 0.7 * np.abs(q).max() if name == "d_k" else 0.0
+        assert error <= tolerance * max(1.0, np.abs(np.asarray(theirs)).max(), term), name
 
 
 def where_all_is_seen(shape):
@@ -137,7 +142,8 @@ def test_value_and_gradients_equal_the_oracle(function, case):
     shape, start, segments, seed = case
     inputs = arrays(shape, seed)
     where = start, segments_of_queries(segments, shape, start), segments, shape[7]
-    assert_close(value_and_gradients(function, *inputs, *where), value_and_gradients(attention_oracle, *inputs, *where))
+    found, expected = (value_and_gradients(each, *inputs, *where) for each in (function, attention_oracle))
+    assert_close(found, expected, q=inputs[0])
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[3] == shape[4]])
