@@ -7,6 +7,15 @@ import pytest
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Each compiled program holds memory maps, of which Linux gives a process 65,530: a whole run would need more."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture
 def getkey():
     """A function that gives another random key at every call."""

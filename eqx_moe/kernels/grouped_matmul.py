@@ -98,8 +98,14 @@ def _multiply(rows, matrix, transpose: bool):
 
 def _ragged_dot(x, weight, sizes, *, transpose: bool):
     """XLA's own. Its rows past the groups are zero or not written, as the lowering has it."""
-    y = lax.ragged_dot(x, weight if transpose else weight.swapaxes(1, 2), sizes, preferred_element_type=jnp.float32)
+    y = _ragged(x, weight if transpose else weight.swapaxes(1, 2), sizes)
     return jnp.where(jnp.arange(x.shape[0])[:, None] < jnp.sum(sizes), y, 0).astype(x.dtype)
+
+
+# One after the other under `vmap`, where it takes only arguments that are all batched.
+@jax.custom_batching.sequential_vmap
+def _ragged(x, weight, sizes):
+    return lax.ragged_dot(x, weight, sizes, preferred_element_type=jnp.float32)
 
 
 def _one_row(x, weight, row, group):
