@@ -17,7 +17,7 @@ from eqx_moe.execution import AbstractExecution, resolve
 from eqx_moe.family import FAMILIES, Family
 from eqx_moe.nn.decoder import Decoder
 from eqx_moe.nn.moe import MoE
-from eqx_moe.nn.stack import Stack, stack_layers, unstack_layers
+from eqx_moe.nn.stack import Stack, block_of, stack_layers, unstack_layers
 from eqx_moe.sharding import AnyMesh, Plan, check_mesh, plan, without_data
 
 
@@ -70,7 +70,6 @@ def init(
     Matrices are normal with the config's `initializer_range`, norms one, biases zero; `dtype` is that of all weights.
     With a mesh every device draws its own part of them; the same key gives the same weights on every mesh.
     """
-
     chosen = resolve(execution, mesh)
 
     def build(key: PRNGKeyArray) -> Decoder:
@@ -160,7 +159,7 @@ def count_parameters(model: Decoder) -> tuple[int, int]:
     total = sum(leaf.size for leaf in jax.tree.leaves(model))
     idle = 0
     for layer in model.layers:
-        moe = layer.block.moe if isinstance(layer, Stack) else layer.moe
+        moe = block_of(layer).moe
         if moe is not None:
             experts, k = moe.experts.gate.shape[-3], moe.router.k
             idle += sum(leaf.size for leaf in jax.tree.leaves(moe.experts)) // experts * (experts - k)

@@ -83,6 +83,16 @@ def check_mesh(mesh: AnyMesh) -> AnyMesh:
     return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
+def check_experts(mesh: AnyMesh, experts: int, path: str | None = None) -> None:
+    """Raises `ValueError` if the axis `expert` does not divide the experts of a block (those of the stack `path`)."""
+    ways = mesh.shape.get(EXPERT, 1)
+    if experts % ways:
+        raise ValueError(
+            f"`mesh` must have an axis {EXPERT!r} that divides the number of experts; got {ways} devices along it for "
+            f"{experts} experts{f' ({path})' if path else ''}. Take a divisor of {experts}."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """Where one weight goes. `notes` says of each dimension that stays whole against its rule, why."""
@@ -181,10 +191,7 @@ def _place(path: str, leaf: Any, mesh: AnyMesh, head_dims: Mapping[str, int]) ->
             spec.append(axis if ways > 1 else None)
             continue
         if axis == EXPERT:
-            raise ValueError(
-                f"`mesh` must have an axis {EXPERT!r} that divides the number of experts; got {ways} devices along it "
-                f"for {size} experts ({path}). Take a divisor of {size}."
-            )
+            check_experts(mesh, size, path)
         spec.append(None)
         what = f"{size // unit} heads" if entry == HEADS else f"dimension {dimension} of {size}"
         notes.append(f"{axis}={ways} does not divide {what}")

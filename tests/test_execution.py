@@ -77,6 +77,13 @@ def test_bfloat16_accumulates_in_float32():
     x = jnp.ones((3, 4096), jnp.bfloat16)
     out = grouped_matmul(x, jnp.full((2, 1, 4096), 1 / 64, jnp.bfloat16), jnp.asarray([1, 2]))
     assert out.dtype == jnp.bfloat16 and jnp.all(out == 64)
+    # Parts of a row that is taken in parts: 257 and 257 would be 256 and 256, if they were rounded before they meet.
+    wide = (
+        jnp.zeros((1, 1, 16384), jnp.bfloat16)
+        .at[0, 0, jnp.asarray([0, 1, 8128, 8129, 16256])]
+        .set(jnp.asarray([256, 1, 256, 1, -2], jnp.bfloat16))
+    )
+    assert grouped_matmul(jnp.ones((1, 16384), jnp.bfloat16), wide, jnp.asarray([1])) == 512
 
 
 # (tokens, hidden, ffn, experts, k)

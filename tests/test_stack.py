@@ -99,7 +99,10 @@ def test_fit_trains_deep_models_stacked_and_gives_them_back_apart(monkeypatch):
         monkeypatch.setattr(loop, "_DEEP", deep)
         given = iter([batch(model, seed) for seed in range(3)])
         optimizer = optax.sgd(0.1, momentum=0.9)
-        watch = lambda step, model, metrics: forms.append(len(model.layers))  # noqa: E731
+
+        def watch(step, model, metrics):
+            forms.append(len(model.layers))
+
         return train.fit(model, given, steps=3, optimizer=optimizer, on_step=watch, progress=False)
 
     tuned, history = fit(2)

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from eqx_moe.execution.base import ExpertFunction
-from eqx_moe.sharding import DATA, EXPERT, TENSOR
+from eqx_moe.sharding import DATA, EXPERT, TENSOR, check_experts
 
 Tree = TypeVar("Tree")
 
@@ -37,11 +37,7 @@ class Layout:
     @classmethod
     def of(cls, mesh: Mesh, batch: int, seq: int, experts: ExpertFunction) -> "Layout":
         data, expert, tensor = (mesh.shape.get(axis, 1) for axis in (DATA, EXPERT, TENSOR))
-        if experts.num_experts % expert:
-            raise ValueError(
-                f"`mesh` must have an axis {EXPERT!r} that divides the number of experts; got {expert} devices along "
-                f"it for {experts.num_experts} experts."
-            )
+        check_experts(mesh, experts.num_experts)
         name = {axis: axis if axis in mesh.shape else None for axis in (EXPERT, TENSOR)}
         specs = experts.partition(name[EXPERT], name[TENSOR])
         split_over_tensor = TENSOR in mesh.shape and _divides(specs, experts, tensor)

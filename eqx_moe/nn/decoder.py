@@ -20,7 +20,7 @@ from eqx_moe.nn.linear import Linear
 from eqx_moe.nn.moe import LayerRouting, RouterStats
 from eqx_moe.nn.norm import RMSNorm
 from eqx_moe.nn.rope import AbstractRope
-from eqx_moe.nn.stack import Stack
+from eqx_moe.nn.stack import Stack, block_of
 from eqx_moe.sharding import check_surroundings, gather_weights, split_rows
 
 
@@ -114,9 +114,9 @@ class Decoder(eqx.Module):
         routings: list[LayerRouting] = []
         first = 0
         for i, layer in enumerate(self.layers):
-            at = f"layers.{i}.block" if isinstance(layer, Stack) else f"layers.{i}"
+            at = _block_path(i, layer)
             prepare = functools.partial(gather_weights, mesh=self.mesh, at=at, head_dims=self.head_dims)
-            table = tables[_block(layer).attention.rope]
+            table = tables[block_of(layer).attention.rope]
             if isinstance(layer, Stack):
                 own = None if keys is None else keys[first : first + layer.count]
                 x, some = layer(x, rows, table, own, prepare, functools.partial(split_rows, mesh=self.mesh))
@@ -161,11 +161,10 @@ class Decoder(eqx.Module):
     @property
     def head_dims(self) -> dict[str, int]:
         """The path of each attention part -> the size of its heads, for `eqx_moe.sharding`."""
-        sizes: dict[str, int] = {}
-        for i, layer in enumerate(self.layers):
-            path = f"layers.{i}.block.attention" if isinstance(layer, Stack) else f"layers.{i}.attention"
-            sizes[path] = _block(layer).attention.head_dim
-        return sizes
+        return {
+            f"{_block_path(i, layer)}.attention": block_of(layer).attention.head_dim
+            for i, layer in enumerate(self.layers)
+        }
 
     @property
     def depth(self) -> int:
@@ -183,7 +182,7 @@ class Decoder(eqx.Module):
         return Cache(shapes, batch, length, self.embed.weight.dtype, self.mesh)
 
     def _ropes(self) -> set[AbstractRope]:
-        return {_block(layer).attention.rope for layer in self.layers}
+        return {block_of(layer).attention.rope for layer in self.layers}
 
     def _refuse_stacks(self, doing: str) -> None:
         stacks = sum(isinstance(layer, Stack) for layer in self.layers)
@@ -194,8 +193,8 @@ class Decoder(eqx.Module):
             )
 
 
-def _block(layer: Block | Stack) -> Block:
-    return layer.block if isinstance(layer, Stack) else layer
+def _block_path(i: int, layer: Block | Stack) -> str:
+    return f"layers.{i}.block" if isinstance(layer, Stack) else f"layers.{i}"
 
 
 def _rows(tokens, segment_ids, cache: Cache | None):

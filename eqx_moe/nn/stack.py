@@ -56,6 +56,11 @@ class Stack(eqx.Module):
         return x, [jax.tree.map(lambda leaf, i=i: leaf[i], routings) for i in range(self.count)]
 
 
+def block_of(layer: Block | Stack) -> Block:
+    """The block of a layer: a stack's has a leading axis [layers] on every array."""
+    return layer.block if isinstance(layer, Stack) else layer
+
+
 def stack_layers(layers: tuple[Block | Stack, ...], rematerialise: bool) -> tuple[Block | Stack, ...]:
     """Runs of two and more equal blocks become one `Stack` each."""
     result: list[Block | Stack] = []
