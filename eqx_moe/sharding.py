@@ -12,7 +12,7 @@ open.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar, overload
 
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 AXES = ("data", "expert", "tensor")
 DATA, EXPERT, TENSOR = AXES
@@ -211,14 +211,18 @@ def _without_layer(path: str) -> str:
 # --- In a program ----------------------------------------------------------------------------------------------------
 
 
-def rows_sharding(mesh: AnyMesh, rows: int, *others: str | None) -> NamedSharding:
-    """The rows of a batch split over `data` and `expert`, or those of the two that divide them; `others` say what
-    splits the dimensions after the first."""
-    axes = [axis for axis in (DATA, EXPERT) if mesh.shape.get(axis, 1) > 1]
+def rows_axes(mesh: AnyMesh | None, rows: int) -> tuple[str, ...]:
+    """The axes that split so many rows of a batch: `data` and `expert`, or those of the two that divide them."""
+    axes = () if mesh is None else tuple(axis for axis in (DATA, EXPERT) if mesh.shape.get(axis, 1) > 1)
     for some in (axes, axes[:1], axes[1:]):
-        if some and rows % math.prod(mesh.shape[axis] for axis in some) == 0:
-            return NamedSharding(mesh, PartitionSpec(tuple(some), *others))
-    return NamedSharding(mesh, PartitionSpec(None, *others))
+        if mesh is not None and rows % math.prod(mesh.shape[axis] for axis in some) == 0:
+            return some
+    return ()
+
+
+def rows_sharding(mesh: AnyMesh, rows: int, *others: str | None) -> NamedSharding:
+    """The rows of a batch split over `rows_axes`; `others` say what splits the dimensions after the first."""
+    return NamedSharding(mesh, PartitionSpec(rows_axes(mesh, rows) or None, *others))
 
 
 def cache_sharding(mesh: Mesh | None, rows: int, kv_heads: int) -> NamedSharding | None:
@@ -234,6 +238,26 @@ def split_rows(tree: Tree, mesh: Mesh | None) -> Tree:
     if mesh is None:
         return tree
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows_sharding(mesh, x.shape[0])), tree)
+
+
+def sum_over_rows(
+    function: Callable[..., Float[Array, ""]], mesh: Mesh | None, weight: Array, *rows: Shaped[Array, "rows ..."]
+) -> Float[Array, ""]:
+    """`function(weight, *rows)`, which is a sum over rows: each device takes its own of them. For traced arrays.
+
+    XLA would add up the devices' gradients of the weight in each turn of a loop inside the function; here they are
+    added once, after it. The axis `tensor` is left to XLA.
+    """
+    axes = rows_axes(mesh, rows[0].shape[0])
+    if not axes:
+        return function(weight, *rows)
+
+    def local(weight, *rows):
+        return jax.lax.psum(function(jax.lax.pcast(weight, axes, to="varying"), *rows), axes)
+
+    specs = (PartitionSpec(), *(PartitionSpec(axes) for _ in rows))
+    shared = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), axis_names=set(axes))
+    return shared(weight, *rows)
 
 
 def replicate(tree: Tree, mesh: Mesh | None) -> Tree:

@@ -29,19 +29,24 @@ class Grouped(AbstractExecution):
         # Stable, so that an expert sees its tokens in their order and a result does not depend on the sort's whims.
         # Pairs that go nowhere come last, past the end of all groups.
         order = jnp.argsort(flat, stable=True)
+        # The choices of a token are distinct: with one expert of many here, at most one of them stays.
+        rows = order[: x.shape[0] * min(k, experts.num_experts)]
         sizes = jnp.sum(flat[:, None] == jnp.arange(experts.num_experts), axis=0, dtype=jnp.int32)
-        expert_of_row = flat[order]
+        expert_of_row = flat[rows]
         # With a share of a block's experts, about that share of the pairs goes to them.
         everyone = routing.num_experts or experts.num_experts
         expected = -(-flat.size * experts.num_experts // everyone)
 
-        def linear(rows, stack, bias=None):
-            y = grouped_matmul(rows, stack, sizes, expected)
+        def linear(x, stack, bias=None):
+            y = grouped_matmul(x, stack, sizes, expected)
             return y if bias is None else y + bias[expert_of_row]
 
-        y = experts(x[order // k], linear)
+        y = experts(x[rows // k], linear)
         # Back to token order by a gather, so that the k summands of a token are added in the router's order.
         back = jnp.argsort(order).reshape(-1, k)
-        weights = jnp.where(routing.experts < experts.num_experts, routing.weights, 0).reshape(-1, k)
-        y = jnp.einsum("tk,tkh->th", weights, y[back].astype(weights.dtype))
+        ran = (routing.experts < experts.num_experts).reshape(-1, k)
+        weights = jnp.where(ran, routing.weights.reshape(-1, k), 0)
+        # A pair that goes nowhere may have no row; it must not read an infinity in another's.
+        y = jnp.where(ran[..., None], jnp.take(y, back, axis=0, mode="clip"), 0)
+        y = jnp.einsum("tk,tkh->th", weights, y.astype(weights.dtype))
         return y.astype(x.dtype).reshape(shape), jnp.zeros((), jnp.int32)

@@ -3,11 +3,12 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray, Shaped
 
 from eqx_moe.kernels.cross_entropy import IGNORE, cross_entropy_sum
 from eqx_moe.nn.decoder import Decoder, RouterOutput
 from eqx_moe.nn.router_losses import load_balancing_loss
+from eqx_moe.sharding import sum_over_rows
 from eqx_moe.train.batch import Batch
 
 
@@ -39,7 +40,7 @@ def loss(
     """
     labels = next_tokens(batch)
     out = model.forward(batch.tokens, segment_ids=batch.segment_ids, key=key)
-    nll = cross_entropy_sum(out.hidden.reshape(-1, out.hidden.shape[-1]), model.unembedding, labels.reshape(-1))
+    nll = sum_over_rows(_nll, model.mesh, model.unembedding, out.hidden, labels)
     tokens = jnp.sum(labels != IGNORE)
     cross_entropy_ = nll / jnp.maximum(tokens, 1)
     metrics = {"cross_entropy": cross_entropy_, "tokens": tokens}
@@ -52,6 +53,12 @@ def loss(
         metrics["max_violation"] = jnp.mean(jnp.stack([stats.max_violation for stats in out.router.stats]))
         metrics["drops"] = jnp.sum(jnp.stack(out.router.drops))
     return total, {"loss": total, **metrics}
+
+
+def _nll(
+    unembedding: Float[Array, "vocab hidden"], hidden: Float[Array, "batch seq hidden"], labels: Int[Array, "batch seq"]
+) -> Float32[Array, ""]:
+    return cross_entropy_sum(hidden.reshape(-1, hidden.shape[-1]), unembedding, labels.reshape(-1))
 
 
 def _router_losses(
