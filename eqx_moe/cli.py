@@ -8,7 +8,7 @@ import pathlib
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from eqx_moe.errors import CheckpointError, EqxMoeError
@@ -77,10 +77,29 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "inspect",
         _inspect,
-        "Say what a checkpoint is: its config, its size, its files. No weights are read.",
-        ["eqx-moe inspect examples/assets/shakespeare-moe"],
+        "Say what a checkpoint is: its config, its size, its files; and what it takes on many devices. No weights are "
+        "read, and a folder with nothing but a config.json will do.",
+        [
+            "eqx-moe inspect examples/assets/shakespeare-moe",
+            "eqx-moe inspect MODEL --mesh data=8,expert=8 --batch-size 64 --seq 4096",
+        ],
     )
     inspect.add_argument("model", metavar="MODEL", help="a checkpoint folder")
+    inspect.add_argument(
+        "--mesh",
+        type=_mesh,
+        metavar="AXIS=N,...",
+        help="plan training on so many devices along data, expert and tensor: bytes on each, and bytes that each sends",
+    )
+    inspect.add_argument(
+        "--batch-size",
+        type=_positive,
+        metavar="N",
+        help="rows a step, with --mesh (one for each device that takes rows)",
+    )
+    inspect.add_argument(
+        "--seq", type=_at_least_two, metavar="N", help="tokens a row, with --mesh (2048, or the model's positions)"
+    )
 
     generate = _command(
         commands,
@@ -169,6 +188,20 @@ def _number(kind: type, low: int | float, high: int | float, expected: str):
     return parse
 
 
+def _mesh(text: str) -> dict[str, int]:
+    """An argparse type: `data=2,expert=4` as a mapping. Whether such axes exist, the library says."""
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, size = part.partition("=")
+        name = name.strip()
+        if not name or not equals or name in axes:
+            raise argparse.ArgumentTypeError(
+                f"must be different axes with their sizes, as in data=2,expert=4; got {text!r}"
+            )
+        axes[name] = _positive(size)
+    return axes
+
+
 _positive = _number(int, 1, 2**31 - 1, "a positive integer")
 _at_least_two = _number(int, 2, 2**31 - 1, "an integer, at least 2")
 _seed = _number(int, 0, 2**32 - 1, "an integer in [0, 2**32)")
@@ -181,7 +214,6 @@ _learning_rate = _number(float, 1e-12, 1e3, "a positive number")
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    import collections
     import dataclasses
 
     from eqx_moe.checkpoint.names import leaf_paths, plan
@@ -192,25 +224,22 @@ def _inspect(args: argparse.Namespace) -> None:
     config = load_config(args.model)
     family, model = family_of(config), skeleton(config)
     folder = pathlib.Path(args.model)
-    tensors = {name: plan(rows, leaf_paths(model)).keys() for name, rows in family.names(config).items()}
-    with open_weights(folder) as stored:
-        sizes: collections.Counter[str] = collections.Counter()
-        for tensor in stored.values():
-            sizes[tensor.entry.dtype] += tensor.entry.stop - tensor.entry.start
-        missing = {name: len(wanted - stored.keys()) for name, wanted in tensors.items()}
-    layout = min(missing, key=lambda name: missing[name])
+    tensors = {name: plan(table, leaf_paths(model)).keys() for name, table in family.names(config).items()}
     total, active = count_parameters(model)
     rows = {
         "model": f"{family.model_type} ({family.architecture})",
         "parameters": f"{total:,}" if active == total else f"{total:,} in all, {active:,} active for a token",
-        "weights": "\n".join(f"{size:,} bytes of {dtype}" for dtype, size in sizes.most_common()),
-        "tensors": f"{len(stored):,}",
-        # A dense model has one layout under both names.
-        "layout": layout if len(set(map(frozenset, tensors.values()))) > 1 else "the one that dense models have",
     }
-    if missing[layout]:
-        rows["incomplete"] = f"{missing[layout]} tensors of the model are in no file; it will not load"
+    try:
+        with open_weights(folder) as stored:
+            rows |= _weights(stored, tensors)
+    except CheckpointError as error:
+        if error.code != "ST-WEIGHTS":
+            raise
+        rows["weights"] = "none in this folder"
+    planned = _plan(args, config, model) if args.mesh else ""
     _print_table(rows)
+    print(planned, end="")
     print("\nconfig")
     shown = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "extra"}
     for key, text in config.extra:
@@ -226,6 +255,44 @@ def _inspect(args: argparse.Namespace) -> None:
             if file.is_file()
         }
     )
+
+
+def _weights(stored: Mapping[str, Any], tensors: Mapping[str, Set[str]]) -> dict[str, str]:
+    """What is in the files; `tensors` are those that each layout would have."""
+    import collections
+
+    sizes: collections.Counter[str] = collections.Counter()
+    for tensor in stored.values():
+        sizes[tensor.entry.dtype] += tensor.entry.stop - tensor.entry.start
+    missing = {name: len(wanted - stored.keys()) for name, wanted in tensors.items()}
+    layout = min(missing, key=lambda name: missing[name])
+    rows = {
+        "weights": "\n".join(f"{size:,} bytes of {dtype}" for dtype, size in sizes.most_common()),
+        "tensors": f"{len(stored):,}",
+        # A dense model has one layout under both names.
+        "layout": layout if len(set(map(frozenset, tensors.values()))) > 1 else "the one that dense models have",
+    }
+    if missing[layout]:
+        rows["incomplete"] = f"{missing[layout]} tensors of the model are in no file; it will not load"
+    return rows
+
+
+def _plan(args: argparse.Namespace, config: Any, model: Any) -> str:
+    import math
+
+    from jax.sharding import AbstractMesh
+
+    from eqx_moe import train
+
+    mesh = AbstractMesh(tuple(args.mesh.values()), tuple(args.mesh))
+    rows = args.batch_size or math.prod(size for axis, size in args.mesh.items() if axis in ("data", "expert"))
+    length = args.seq or min(2048, config.max_position_embeddings)
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"--seq must be at most {config.max_position_embeddings}, the model's positions; got {length}."
+        )
+    step = train.plan_step(model, mesh, rows=rows, length=length, optimizer=train.adamw(1e-4, 1))
+    return f"\n{step.sharding}\n\nfloat32 with AdamW, layers stacked and rematerialised:\n{step}\n"
 
 
 def _print_table(rows: Mapping[str, str]) -> None:

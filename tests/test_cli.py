@@ -70,6 +70,11 @@ print(statuses, "jax" in sys.modules)
         "explode",
         "inspect",
         "generate folder",
+        "inspect folder --mesh data",
+        "inspect folder --mesh data=0",
+        "inspect folder --mesh data=2,data=4",
+        "inspect folder --mesh data=2,expert=x",
+        "inspect folder --mesh data=2 --batch-size 0",
         "generate folder --prompt a --max-new-tokens 0",
         "generate folder --prompt a --max-new-tokens x",
         "generate folder --prompt a --temperature -1",
@@ -116,6 +121,44 @@ def test_inspect_of_a_dense_model(run, tmp_path):
     tiny.write(tmp_path, tiny.DENSE, dtype="bfloat16")
     status, out, _ = run("inspect", tmp_path)
     assert status == 0 and "llama" in out and "active" not in out and "bytes of BF16" in out and "dense" in out
+
+
+@pytest.fixture
+def config_only(folder, tmp_path):
+    """What a user has of a model that no machine at hand can hold."""
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    return tmp_path
+
+
+def test_inspect_plans_from_a_config_alone(run, config_only):
+    status, out, err = run(
+        "inspect", config_only, "--mesh", "data=2,expert=5,tensor=1", "--batch-size", 20, "--seq", 16
+    )
+    assert (status, err) == (0, "") and "none in this folder" in out
+    mesh = jax.sharding.AbstractMesh((2, 5, 1), ("data", "expert", "tensor"))
+    step = train.plan_step(tiny.model(), mesh, rows=20, length=16, optimizer=train.adamw(1e-4, 1))
+    assert f"{step.sharding}\n" in out and f"{step}\n" in out
+    assert "20 rows of 16 tokens" in out and f"{step.arguments + step.temporaries:,}" in out
+
+
+def test_inspect_plans_a_row_for_each_device_that_takes_rows(run, folder):
+    status, out, _ = run("inspect", folder, "--mesh", "tensor=3,data=2,expert=5")
+    limit = tiny.model().config.max_position_embeddings
+    assert status == 0 and f"10 rows of {limit} tokens" in out and "model.safetensors" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--mesh", "data=2,expert=3"], ["3 devices", "5 experts"]),
+        (["--mesh", "data=2,pipe=3"], ["pipe", "data", "expert", "tensor"]),
+        (["--mesh", "data=2", "--seq", "100000"], ["--seq", "100000"]),
+    ],
+)
+def test_inspect_refuses_a_mesh_in_one_paragraph(run, config_only, options, parts):
+    status, out, err = run("inspect", config_only, *options)
+    assert (status, out) == (1, "")
+    assert_short(err, *parts)
 
 
 @pytest.mark.filterwarnings("default")

@@ -18,3 +18,5 @@ from eqx_moe.train.loop import fit as fit
 from eqx_moe.train.loop import init_optimizer as init_optimizer
 from eqx_moe.train.loop import make_step as make_step
 from eqx_moe.train.losses import loss as loss
+from eqx_moe.train.plan import StepPlan as StepPlan
+from eqx_moe.train.plan import plan_step as plan_step

@@ -24,7 +24,8 @@ Metrics = dict[str, Shaped[Array, ""]]
 Step = Callable[[Decoder, PyTree, Batch, PRNGKeyArray | None], tuple[Decoder, PyTree, Metrics]]
 
 
-#: Deeper models train stacked. Scanning costs a tenth of a step on a CPU, compiling layer by layer a second each.
+#: On one device deeper models train stacked. Scanning costs a tenth of a step on a CPU, compiling layer by layer a
+#: second each. On a mesh all do: so the weights of one layer are gathered at a time.
 _DEEP = 8
 
 
@@ -96,26 +97,36 @@ def make_step(optimizer: optax.GradientTransformation) -> Step:
 
     @eqx.filter_jit(donate="all-except-first")
     def donating(given: tuple[Batch, PRNGKeyArray | None], model: Decoder, opt_state: PyTree):
-        batch, key = given
-        (_, metrics), grads = eqx.filter_value_and_grad(loss, has_aux=True)(model, batch, key)
-        params, rest = eqx.partition(model, eqx.is_inexact_array)
-        grad_norm = optax.global_norm(grads)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-        updates, new_state = optimizer.update(grads, opt_state, params)
-        new_params = optax.apply_updates(params, updates)
-        new_params, new_state = _choose(finite, (new_params, new_state), (params, opt_state))
-        metrics = metrics | {"grad_norm": grad_norm, "finite": finite}
-        if model.mesh is not None:
-            plan = plan_sharding(model, model.mesh)
-            new_params, new_state = (
-                jax.lax.with_sharding_constraint(tree, like_weights(tree, plan)) for tree in (new_params, new_state)
-            )
-        return eqx.combine(new_params, rest), new_state, replicate(metrics, model.mesh)
+        return update(optimizer, model, opt_state, *given)
 
     def step(model: Decoder, opt_state: PyTree, batch: Batch, key: PRNGKeyArray | None = None):
         return donating((put(batch, model.mesh, rows=True), put(key, model.mesh)), model, opt_state)
 
     return step
+
+
+def update(
+    optimizer: optax.GradientTransformation,
+    model: Decoder,
+    opt_state: PyTree,
+    batch: Batch,
+    key: PRNGKeyArray | None = None,
+) -> tuple[Decoder, PyTree, Metrics]:
+    """What `make_step` compiles."""
+    (_, metrics), grads = eqx.filter_value_and_grad(loss, has_aux=True)(model, batch, key)
+    params, rest = eqx.partition(model, eqx.is_inexact_array)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+    updates, new_state = optimizer.update(grads, opt_state, params)
+    new_params = optax.apply_updates(params, updates)
+    new_params, new_state = _choose(finite, (new_params, new_state), (params, opt_state))
+    metrics = metrics | {"grad_norm": grad_norm, "finite": finite}
+    if model.mesh is not None:
+        plan = plan_sharding(model, model.mesh)
+        new_params, new_state = (
+            jax.lax.with_sharding_constraint(tree, like_weights(tree, plan)) for tree in (new_params, new_state)
+        )
+    return eqx.combine(new_params, rest), new_state, replicate(metrics, model.mesh)
 
 
 def _choose(condition: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:
@@ -138,8 +149,9 @@ def fit(
         model: left as it is; training works on a copy.
         batches: such as `batches(...)` of this package; one is taken a step.
         steps: how many.
-        optimizer: such as `adamw(...)` of this package. Models of more than 8 layers train as `eqx_moe.stack` makes
-            them: an optimizer that looks at shapes (Muon, say) finds a leading axis there, as `are_matrices` knows.
+        optimizer: such as `adamw(...)` of this package. Models of more than 8 layers, and all on a mesh, train as
+            `eqx_moe.stack` makes them: an optimizer that looks at shapes (Muon, say) finds a leading axis there, as
+            `are_matrices` knows.
         key: for the router's jitter; None trains without it.
         progress: a bar with the loss and tokens a second on stderr, where that is a terminal.
         on_step: called as `on_step(step, model, metrics)` after each step, which are counted from 1. The model is valid
@@ -156,7 +168,7 @@ def fit(
         raise ValueError(f"`steps` must be positive; got {steps}.")
     given = model
     model = jax.tree.map(lambda leaf: jnp.copy(leaf) if eqx.is_array(leaf) else leaf, model)
-    if model.depth > _DEEP:
+    if model.depth > _DEEP or model.mesh is not None:
         model = stack(model, rematerialise=model.mesh is not None)
     opt_state = init_optimizer(optimizer, model)
     step_once = make_step(optimizer)

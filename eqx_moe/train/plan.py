@@ -1,0 +1,212 @@
+"""What a training step takes on a mesh, from shapes alone: bytes on a device, and bytes that it sends."""
+
+import dataclasses
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+import optax
+
+from eqx_moe.models import plan_sharding
+from eqx_moe.nn.block import Block
+from eqx_moe.nn.decoder import Decoder
+from eqx_moe.sharding import DATA, EXPERT, TENSOR, AnyMesh, Placement, Plan, like_weights, rows_axes
+
+# How often each part of a layer is there at once when the backward pass takes most, and the embedding and the head all
+# the while: what XLA's CPU back end makes of the step (jax 0.10.2), rounded. tests/test_train_plan.py compares.
+_WEIGHTS, _FFN_ROWS, _HIDDEN_ROWS, _VOCAB = 2, 4.5, 5, 3
+
+# Hidden states beside these where layers are split over `tensor`: each product has its own gradient for what it reads.
+_PARTIAL_SUMS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """Bytes of a training step on one device; `str` gives them as a table. See `plan_step`.
+
+    `weights`, `optimizer` and `batch` are there between steps, and exact. The others are estimates of what a step takes
+    beside them: `gradients`; `copies` (XLA holds the weights a second time, laid out to be gathered); `kept`, what the
+    forward pass leaves for the backward pass; `working`, what one layer, the embedding and the head take at once.
+    `sent` are the bytes that a device sends in a step, by purpose, with collectives that go around a ring.
+    """
+
+    sharding: Plan
+    rows: int
+    length: int
+    weights: int
+    optimizer: int
+    batch: int
+    gradients: int
+    copies: int
+    kept: int
+    working: int
+    sent: dict[str, int]
+
+    @property
+    def arguments(self) -> int:
+        """What stays between steps."""
+        return self.weights + self.optimizer + self.batch
+
+    @property
+    def temporaries(self) -> int:
+        """What a step takes beside its arguments."""
+        return self.gradients + self.copies + self.kept + self.working
+
+    def __str__(self) -> str:
+        taken = {
+            "weights": self.weights,
+            "optimizer state": self.optimizer,
+            "batch": self.batch,
+            "gradients (estimated, as all below)": self.gradients,
+            "weights laid out for gathering": self.copies,
+            "activations kept for the backward pass": self.kept,
+            "activations and weights at work": self.working,
+            "all": self.arguments + self.temporaries,
+        }
+        lines = [f"a training step of {self.rows} rows of {self.length} tokens, bytes per device"]
+        lines += _table(taken)
+        lines += ["sent by a device in a step, bytes", *_table({**self.sent, "all": sum(self.sent.values())})]
+        return "\n".join(lines)
+
+
+def _table(rows: dict[str, int]) -> list[str]:
+    return [f"  {name:<40} {size:>22,}  {size / 2**30:>10,.2f} GiB" for name, size in rows.items()]
+
+
+def plan_step(
+    model: Decoder, mesh: AnyMesh, *, rows: int, length: int, optimizer: optax.GradientTransformation
+) -> StepPlan:
+    """Plans one step of `make_step` on a mesh, without a device or a weight.
+
+    The step is planned as `fit` makes it on a mesh: layers stacked and rematerialised, experts in a ring.
+
+    Args:
+        model: a model, or what `eqx_moe.models.skeleton` gives; weights and activations in its dtype.
+        mesh: an `AbstractMesh` will do.
+        rows, length: the batch of a step, on all devices together.
+        optimizer: its state is planned as `init_optimizer` makes it.
+
+    Raises:
+        ValueError: what `plan_sharding` refuses.
+    """
+    sharding = plan_sharding(model, mesh)
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), eqx.filter(model, _is_weight))
+    state = jax.eval_shape(optimizer.init, params)
+    places = jax.tree.leaves(like_weights(state, sharding))
+    held = sum(
+        math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for place, leaf in zip(places, jax.tree.leaves(state), strict=True)
+    )
+    step = _Step(model, sharding, rows, length)
+    layers = [step.layer(i, block) for i, block in enumerate(model.layers)]
+    vocabulary = {path: step.weight(place) for path, place in sharding.items() if path.split(".")[0] in _ENDS}
+    return StepPlan(
+        sharding=sharding,
+        rows=rows,
+        length=length,
+        weights=sharding.bytes_per_device,
+        optimizer=held,
+        # Tokens, segments and labels.
+        batch=3 * step.tokens * 4,
+        gradients=sharding.bytes_per_device,
+        copies=sharding.bytes_per_device,
+        kept=sum(layer.kept for layer in layers),
+        working=max(layer.working for layer in layers)
+        + _VOCAB * max(weight.gathered for weight in vocabulary.values()),
+        sent=step.sent(layers, list(vocabulary.values())),
+    )
+
+
+# The parts that have a row of weights for each id, and the norm between.
+_ENDS = ("embed", "head", "norm")
+
+
+def _is_weight(leaf: Any) -> bool:
+    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+    """Bytes of one weight on a device, gathered along `data`; what it sends to gather it, and to add its gradient."""
+
+    gathered: int
+    to_gather: float
+    to_add: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    weights: list[_Weight]
+    kept: int
+    working: int
+    to_experts: float
+    over_tensor: float
+
+
+class _Step:
+    """A step's batch on a mesh, as one device has it."""
+
+    def __init__(self, model: Decoder, sharding: Plan, rows: int, length: int):
+        self.sharding = sharding
+        self.ways = {axis: sharding.mesh.shape.get(axis, 1) for axis in (DATA, EXPERT, TENSOR)}
+        self.axes = rows_axes(sharding.mesh, rows)
+        split = math.prod(self.ways[axis] for axis in self.axes)
+        self.tokens = rows // split * length
+        #: Bytes of the hidden states of all tokens of the device.
+        self.hidden = self.tokens * model.embed.weight.shape[1] * np.dtype(model.embed.weight.dtype).itemsize
+        # Rows, else the sequence, are split over `expert`; or its devices all have the same tokens.
+        here = rows // self.ways[DATA] if rows % self.ways[DATA] == 0 else rows
+        self.meet = self.ways[EXPERT] > 1 and (here % self.ways[EXPERT] == 0 or length % self.ways[EXPERT] == 0)
+
+    def weight(self, place: Placement) -> _Weight:
+        gathered = place.bytes_per_device * (self.ways[DATA] if DATA in place.spec else 1)
+        apart = math.prod(self.ways[axis] for axis in self.axes if axis != EXPERT or EXPERT not in place.spec)
+        to_gather = gathered * _others(self.ways[DATA]) if DATA in place.spec else 0.0
+        return _Weight(gathered, to_gather, 2 * gathered * _others(apart))
+
+    def layer(self, i: int, block: Block) -> _Layer:
+        def size(leaf: Any, part: str) -> int:
+            return self.sharding[f"layers.{i}.{part}"].sharding.shard_shape(leaf.shape)[-2]
+
+        own = {path: place for path, place in self.sharding.items() if path.startswith(f"layers.{i}.")}
+        weights = [self.weight(place) for place in own.values()]
+        working = _WEIGHTS * sum(weight.gathered for weight in weights)
+        working += _PARTIAL_SUMS * self.hidden if self.ways[TENSOR] > 1 else 0
+        tensor = 2 * self.hidden * _others(self.ways[TENSOR])
+        hidden = block.attention.q.weight.shape[-1]
+        if block.moe is None:
+            assert block.mlp is not None
+            ffn = self.hidden // hidden * size(block.mlp.gate.weight, "mlp.gate.weight")
+            working += _FFN_ROWS * ffn + _HIDDEN_ROWS * self.hidden
+            # Attention and feed-forward forward; attention again; the gradients of what q, k, v, gate and up read.
+            return _Layer(weights, self.hidden, int(working), 0.0, 8 * tensor)
+        together = self.hidden * (self.ways[EXPERT] if self.meet and EXPERT in self.axes else 1)
+        gate = block.moe.experts.gate
+        experts = gate.shape[-3] // self.ways[EXPERT]
+        pairs = together * min(block.moe.router.k, experts)
+        ffn = pairs // hidden * size(gate, "moe.experts.gate")
+        working += _FFN_ROWS * ffn + _HIDDEN_ROWS * pairs
+        # Gathered and scattered, forward and backward; of these the tokens and the results are kept.
+        to_experts = 4 * together * _others(self.ways[EXPERT]) if self.meet else 0.0
+        kept = 2 * self.hidden + (together if self.meet else 0)
+        # Attention and experts forward; attention again; the gradients of what the experts, q, k and v read.
+        return _Layer(weights, kept, int(working), to_experts, 7 * tensor)
+
+    def sent(self, layers: list[_Layer], vocabulary: list[_Weight]) -> dict[str, int]:
+        inner = [weight for layer in layers for weight in layer.weights]
+        gathering = 2 * sum(weight.to_gather for weight in inner) + sum(weight.to_gather for weight in vocabulary)
+        # The embedding's output and the gradient of what the head reads.
+        tensor = 2 * 2 * self.hidden * _others(self.ways[TENSOR])
+        return {
+            "to gather weights along data": int(gathering),
+            "to add gradients": int(sum(weight.to_add for weight in [*inner, *vocabulary])),
+            "to bring tokens and experts together": int(sum(layer.to_experts for layer in layers)),
+            "to add activations along tensor": int(tensor + sum(layer.over_tensor for layer in layers)),
+        }
+
+
+def _others(ways: int) -> float:
+    """The share of a whole that a device gets from others, each of them holding as much."""
+    return (ways - 1) / ways
