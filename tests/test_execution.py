@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from weights import draw_experts
 
 import eqx_moe
 from eqx_moe.execution import Dense, Grouped, Routing, resolve
 from eqx_moe.kernels.grouped_matmul import grouped_matmul, grouped_matmul_oracle
-from eqx_moe.nn.experts import Experts
 from eqx_moe.nn.router import SoftmaxTopKRouter
 
 # (rows, groups, in, out): few rows (one at a time), one group, more groups than rows, sizes that divide nothing.
@@ -110,7 +110,7 @@ def test_grouped_equals_dense_in_value_and_gradients(shape, kind, seed):
         chosen = np.stack([random.permutation(count)[:k] for _ in range(tokens)])
     x, dy = random.normal(size=(2, tokens, hidden)).astype(np.float32)
     weights = random.normal(size=(tokens, k)).astype(np.float32)
-    experts = Experts(count, hidden, ffn, std=0.5, dtype="float32", key=jax.random.key(seed))
+    experts = draw_experts(count, hidden, ffn, seed)
     found, expected = (
         _run(execution, x, weights, chosen.astype(np.int32), experts, dy) for execution in (Grouped(), Dense())
     )
@@ -121,7 +121,7 @@ def test_grouped_equals_dense_in_value_and_gradients(shape, kind, seed):
 @pytest.mark.parametrize("execution", [Grouped(), Dense()], ids=repr)
 def test_pairs_that_go_nowhere_add_nothing(execution, getkey):
     """They are not run: their expert index may be anything to the matrices, and their input not even finite."""
-    experts = Experts(5, 7, 11, std=0.5, dtype="float32", key=getkey())
+    experts = draw_experts(5, 7, 11)
     x = jax.random.normal(getkey(), (1, 4, 7)).at[0, 3].set(jnp.inf)
     weights = jnp.full((1, 4, 2), 0.5)
     chosen = jnp.asarray([[[0, 4], [1, 5], [5, 5], [5, 5]]])
@@ -133,7 +133,7 @@ def test_pairs_that_go_nowhere_add_nothing(execution, getkey):
 
 def test_permuting_experts_permutes_nothing_else(getkey):
     router = SoftmaxTopKRouter(7, 5, 2, std=0.5, dtype="float32", key=getkey())
-    experts = Experts(5, 7, 11, std=0.5, dtype="float32", key=getkey())
+    experts = draw_experts(5, 7, 11)
     x = jax.random.normal(getkey(), (23, 7))
     order = jnp.asarray([3, 0, 4, 2, 1])
     moved = jax.tree.map(lambda leaf: leaf[order], experts)

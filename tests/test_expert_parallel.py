@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from weights import draw_experts
 
 from eqx_moe.execution import (
     AbstractExecution,
@@ -70,7 +71,7 @@ def make_case(kind: str, shape: tuple[int, int], seed: int = 0) -> Case:
 
 
 def make_experts(dtype: str = "float32") -> Experts:
-    return Experts(EXPERTS, HIDDEN, FFN, std=0.5, dtype=dtype, key=jax.random.key(1))
+    return draw_experts(EXPERTS, HIDDEN, FFN, dtype=dtype)
 
 
 @eqx.filter_jit
@@ -163,7 +164,7 @@ def test_tokens_that_nothing_divides_are_the_same_on_all_devices():
 
 
 def test_ffn_that_tensor_does_not_divide_is_repeated():
-    experts = Experts(EXPERTS, HIDDEN, 30, std=0.5, dtype="float32", key=jax.random.key(2))
+    experts = draw_experts(EXPERTS, HIDDEN, 30)
     check(ExpertParallel(make_mesh((1, 2, 4))), ALL, experts=experts)
 
 
@@ -241,7 +242,7 @@ def test_bad_meshes():
     with pytest.raises(ValueError, match=r"axes among \('data', 'expert', 'tensor'\); got \['pipe'\] among its 2 axes"):
         ExpertParallel(make_mesh((2, 4), ("data", "pipe")))
     case = make_case("random", ALL)
-    experts = Experts(6, HIDDEN, FFN, std=0.5, dtype="float32", key=jax.random.key(2))
+    experts = draw_experts(6, HIDDEN, FFN)
     with pytest.raises(ValueError, match="got 4 devices along it for 6 experts"):
         ExpertParallel(make_mesh((2, 4, 1)))(case.x, case.routing, experts, case.mask)
 

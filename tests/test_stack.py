@@ -10,13 +10,14 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from weights import draw
 
 import eqx_moe
 from eqx_moe import train
 from eqx_moe.nn.stack import Stack
 from eqx_moe.train import loop
 
-DEEP = dataclasses.replace(tiny.CONFIG, num_hidden_layers=3, router_jitter_noise=0.2)
+DEEP = dataclasses.replace(tiny.CONFIG, num_hidden_layers=2, router_jitter_noise=0.2)
 # Windows differ by layer: runs of two, one and two equal layers.
 RUNS = eqx_moe.Qwen2Config(
     vocab_size=53, hidden_size=12, intermediate_size=17, num_hidden_layers=5, num_attention_heads=3,
@@ -26,7 +27,7 @@ RUNS = eqx_moe.Qwen2Config(
 
 
 def batch(model, seed: int = 0) -> train.Batch:
-    tokens = jax.random.randint(jax.random.key(seed), (2, 11), 0, model.config.vocab_size)
+    tokens = jnp.asarray(np.random.default_rng(seed).integers(0, model.config.vocab_size, (2, 11)), jnp.int32)
     return train.Batch(tokens=tokens, segment_ids=jnp.ones_like(tokens).at[0, :3].set(0), labels=tokens)
 
 
@@ -42,7 +43,7 @@ def assert_close(ours, theirs):
         assert np.abs(mine - other).max() <= 1e-5 * max(1.0, np.abs(other).max())
 
 
-@pytest.mark.parametrize("config, counts", [(DEEP, [3]), (RUNS, [2, 1, 2])], ids=["one run", "runs"])
+@pytest.mark.parametrize("config, counts", [(DEEP, [2]), (RUNS, [2, 1, 2])], ids=["one run", "runs"])
 def test_stacking_and_back_is_the_same_model(config, counts):
     model = tiny.model(config)
     stacked = eqx_moe.stack(model)
@@ -77,9 +78,9 @@ def test_a_stacked_model_saves_and_generates_and_takes_options(tmp_path):
     assert list(eqx_moe.stream(stacked, prompts[0], 3)) == list(eqx_moe.stream(model, prompts[0], 3))
     dense = eqx_moe.with_options(stacked, execution="dense")
     assert dense.layers[0].block.moe.execution == eqx_moe.execution.Dense()
-    with pytest.raises(ValueError, match="got 1 stacks for 3 layers.*unstack"):
+    with pytest.raises(ValueError, match="got 1 stacks for 2 layers.*unstack"):
         stacked.init_cache(1, 5)
-    with pytest.raises(ValueError, match="got 1 stacks for 3 layers.*unstack"):
+    with pytest.raises(ValueError, match="got 1 stacks for 2 layers.*unstack"):
         stacked.forward(jnp.ones((1, 2), int), cache=model.init_cache(1, 5))
 
 
@@ -105,9 +106,9 @@ def test_fit_trains_deep_models_stacked_and_gives_them_back_apart(monkeypatch):
 
         return train.fit(model, given, steps=3, optimizer=optimizer, on_step=watch, progress=False)
 
-    tuned, history = fit(2)
-    expected, expected_history = fit(3)
-    assert forms == [1, 1, 1, 3, 3, 3]
+    tuned, history = fit(1)
+    expected, expected_history = fit(2)
+    assert forms == [1, 1, 1, 2, 2, 2]
     assert jax.tree.structure(tuned) == jax.tree.structure(model)
     assert_close(tuned, expected)
     np.testing.assert_allclose(history[-1]["loss"], expected_history[-1]["loss"], rtol=1e-5)
@@ -117,7 +118,7 @@ def test_fit_trains_deep_models_stacked_and_gives_them_back_apart(monkeypatch):
 def test_stacked_on_a_mesh():
     """Placed as its layers were, and the same step as on one device."""
     config = dataclasses.replace(meshes.MIXTRAL, num_hidden_layers=2)
-    alone = eqx_moe.init(config, key=jax.random.key(0))
+    alone = draw(config)
     model = eqx_moe.with_options(alone, mesh=meshes.mesh((2, 2, 2)))
     stacked = eqx_moe.stack(model, rematerialise=True)
     gate = stacked.layers[0].block.moe.experts.gate
@@ -130,7 +131,7 @@ def test_stacked_on_a_mesh():
         return train.make_step(optimizer)(model, train.init_optimizer(optimizer, model), given, None)[::2]
 
     # Steps donate what goes in, and `stacked` shares its embedding with `alone`.
-    (ours, metrics), (theirs, expected) = step(stacked), step(eqx_moe.init(config, key=jax.random.key(0)))
+    (ours, metrics), (theirs, expected) = step(stacked), step(draw(config))
     assert ours.layers[0].block.moe.experts.gate.sharding == gate.sharding
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
     assert_close(jax.device_get(eqx_moe.unstack(ours)), jax.device_get(theirs))
