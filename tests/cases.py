@@ -145,5 +145,5 @@ QWEN3 = [
 
 CASES = [*MIXTRAL, *LLAMA, *MISTRAL, *QWEN2, *QWEN3]
 
-#: One or two per family, for properties that do not depend on every switch.
-FEW = [MIXTRAL[3], MIXTRAL[6], MIXTRAL[9], LLAMA[2], MISTRAL[0], QWEN2[4], QWEN3[1]]
+#: One per family, for properties that do not depend on every switch, and two whose rotary embedding goes by the length.
+FEW = [MIXTRAL[3], LLAMA[2], LLAMA[5], LLAMA[7], MISTRAL[0], QWEN2[4], QWEN3[1]]

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, FEW, MIXTRAL
+from cases import CASES, FEW, LLAMA, MIXTRAL
 from weights import draw
 
 import eqx_moe
 
-PLAIN = MIXTRAL[0]
+PLAIN = LLAMA[0]
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 
 
@@ -171,7 +171,7 @@ def test_no_tokens_and_a_cache_of_other_rows_are_errors():
 
 
 def test_jitter_needs_a_key_and_changes_routing_inputs():
-    model = draw(dataclasses.replace(PLAIN.parsed, router_jitter_noise=0.3))
+    model = draw(dataclasses.replace(MIXTRAL[0].parsed, num_hidden_layers=1, router_jitter_noise=0.3))
     tokens = jnp.arange(12).reshape(2, 6)
     run = eqx.filter_jit(lambda key: model.forward(tokens, key=key).hidden)
     still, one, other = run(None), run(jax.random.key(1)), run(jax.random.key(2))
