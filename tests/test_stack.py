@@ -1,6 +1,7 @@
 """Stacked layers: the same model in another form."""
 
 import dataclasses
+import re
 
 import equinox as eqx
 import jax
@@ -14,6 +15,7 @@ from weights import draw
 
 import eqx_moe
 from eqx_moe import train
+from eqx_moe.checkpoint import leaf_paths
 from eqx_moe.nn.stack import Stack
 from eqx_moe.train import loop
 
@@ -93,7 +95,7 @@ def test_weight_decay_leaves_stacked_norms_alone():
 
 
 def test_fit_trains_deep_models_stacked_and_gives_them_back_apart(monkeypatch):
-    model = tiny.model(DEEP)
+    model = tiny.model(dataclasses.replace(tiny.DENSE, num_hidden_layers=2))
     forms = []
 
     def fit(deep):
@@ -114,6 +116,20 @@ def test_fit_trains_deep_models_stacked_and_gives_them_back_apart(monkeypatch):
     np.testing.assert_allclose(history[-1]["loss"], expected_history[-1]["loss"], rtol=1e-5)
 
 
+def test_rematerialisation_computes_again_and_sends_nothing_again():
+    """Of what a gradient runs, written down: the layer's norms twice, its collectives once."""
+    model, given = eqx_moe.with_options(draw(meshes.MIXTRAL), mesh=meshes.mesh((1, 2, 1))), meshes.batch(rows=8)
+    layers = (*model.layers, *model.layers)
+    gradient = eqx.filter_make_jaxpr(eqx.filter_grad(train.loss, has_aux=True))
+    counts = []
+    for rematerialise in (False, True):
+        deep = eqx_moe.stack(dataclasses.replace(model, layers=layers), rematerialise=rematerialise)
+        jaxpr = str(gradient(deep, given)[0])
+        counts.append([len(re.findall(rf"\b{name}\b", jaxpr)) for name in ("rsqrt", "all_gather|reduce_scatter")])
+    (norms, sent), (norms_again, sent_again) = counts
+    assert norms_again > norms and 0 < sent_again <= sent
+
+
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; on a CPU, JAX_NUM_CPU_DEVICES=8")
 def test_stacked_on_a_mesh():
     """Placed as its layers were, and the same step as on one device."""
@@ -130,8 +146,11 @@ def test_stacked_on_a_mesh():
     def step(model):
         return train.make_step(optimizer)(model, train.init_optimizer(optimizer, model), given, None)[::2]
 
-    # Steps donate what goes in, and `stacked` shares its embedding with `alone`.
-    (ours, metrics), (theirs, expected) = step(stacked), step(draw(config))
+    (ours, metrics), (theirs, expected) = step(stacked), step(eqx_moe.stack(draw(config)))
+    # Steps donate what goes in: what no form had to change is gone from all that share it, and nothing else.
+    gone = {path for path, leaf in leaf_paths(model).items() if leaf.is_deleted()}
+    assert gone == {"embed.weight", "norm.weight", "head.weight"}
+    assert {path for path, leaf in leaf_paths(alone).items() if leaf.is_deleted()} == {"norm.weight"}
     assert ours.layers[0].block.moe.experts.gate.sharding == gate.sharding
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
-    assert_close(jax.device_get(eqx_moe.unstack(ours)), jax.device_get(theirs))
+    assert_close(jax.device_get(ours), jax.device_get(theirs))
