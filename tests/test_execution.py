@@ -11,7 +11,7 @@ from weights import draw_experts
 
 import eqx_moe
 from eqx_moe.execution import Dense, Grouped, Routing, resolve
-from eqx_moe.kernels.grouped_matmul import grouped_matmul, grouped_matmul_oracle
+from eqx_moe.kernels.grouped_matmul import _slots, grouped_matmul, grouped_matmul_oracle
 from eqx_moe.nn.router import SoftmaxTopKRouter
 
 # (rows, groups, in, out): few rows (one at a time), one group, more groups than rows, sizes that divide nothing.
@@ -61,6 +61,22 @@ def test_grouped_matmul_equals_its_oracle_in_value_and_gradients(case):
         assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("left", [1, 15, 16, 17, 127, 128, 129, 145])
+def test_groups_that_just_fit_a_window_and_just_do_not(left):
+    """So many rows of a group have no slot. A window takes 128 of them, or where fewer are left 16."""
+    rows, groups, inner, outer = SHAPES[4]
+    slots = _slots(rows, groups, rows // 3 + 1)
+    random = np.random.default_rng(left)
+    x, weight, dy = (
+        random.normal(size=shape).astype(np.float32) for shape in ((rows, inner), (groups, outer, inner), (rows, outer))
+    )
+    # Slots are used where most rows have one: there, and in the first of these alone.
+    for sizes in ([slots + left, 20, slots, 5], [left, 3, left, 1], [rows - 25 - left, 20, 5, left]):
+        found, expected = _both(x, weight, np.asarray(sizes, np.int32), dy)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_close(ours, theirs)
+
+
 def test_rows_past_the_groups_may_hold_anything():
     """Also infinities: they reach neither the result nor a gradient."""
     sizes = jnp.asarray([2, 0, 3])
@@ -84,6 +100,10 @@ def test_bfloat16_accumulates_in_float32():
         .set(jnp.asarray([256, 1, 256, 1, -2], jnp.bfloat16))
     )
     assert grouped_matmul(jnp.ones((1, 16384), jnp.bfloat16), wide, jnp.asarray([1])) == 512
+    # And windows of 128 rows: the same in the gradient of a matrix.
+    rows = jnp.zeros((301, 1), jnp.bfloat16).at[jnp.asarray([0, 1, 128, 129, 256]), 0].set(wide[wide != 0])
+    _, pull = jax.vjp(lambda w: grouped_matmul(rows, w, jnp.asarray([301, 0, 0])), jnp.ones((3, 1, 1), jnp.bfloat16))
+    assert pull(jnp.ones_like(rows))[0].ravel().tolist() == [512, 0, 0]
 
 
 # (tokens, hidden, ffn, experts, k)

@@ -118,8 +118,14 @@ def test_fit_trains_deep_models_stacked_and_gives_them_back_apart(monkeypatch):
 
 def test_rematerialisation_computes_again_and_sends_nothing_again():
     """Of what a gradient runs, written down: the layer's norms twice, its collectives once."""
-    model, given = eqx_moe.with_options(draw(meshes.MIXTRAL), mesh=meshes.mesh((1, 2, 1))), meshes.batch(rows=8)
+    model, given = eqx_moe.with_options(draw(meshes.MIXTRAL), mesh=meshes.mesh((2, 2, 1))), meshes.batch(rows=8)
     layers = (*model.layers, *model.layers)
+    # What is said about placement within a layer is said within a scan over two.
+    said = [
+        str(eqx.filter_make_jaxpr(train.loss)(form, given)[0]).count("sharding_constraint[")
+        for form in (model, eqx_moe.stack(dataclasses.replace(model, layers=layers)))
+    ]
+    assert said[0] == said[1] > 0
     gradient = eqx.filter_make_jaxpr(eqx.filter_grad(train.loss, has_aux=True))
     counts = []
     for rematerialise in (False, True):
