@@ -70,7 +70,9 @@ class Case:
 
 def _case(model_type: str, name: str, *, packed=False, shards=False, length=37, **config) -> Case:
     experts = EXPERTS if model_type == "mixtral" else {}
-    return Case(model_type, name, {**SIZES, **experts, **config}, packed, shards, length)
+    # One layer shows a rotary embedding as well as two.
+    layers = {"num_hidden_layers": 1} if "rope_parameters" in config else {}
+    return Case(model_type, name, {**SIZES, **experts, **layers, **config}, packed, shards, length)
 
 
 MIXTRAL = [

@@ -57,7 +57,7 @@ def rows(draw, batch: int, length: int):
 
 
 @st.composite
-def cases(draw, shapes=SHAPES):
+def cases(draw, shapes):
     shape = draw(st.sampled_from(shapes))
     batch, queries, keys = shape[0], shape[3], shape[4]
     start = draw(st.integers(0, keys - queries))
@@ -139,19 +139,29 @@ def exact(q, k, v, sinks, d_out, start, segments, window):
     return list(zip(values, sizes, strict=True))
 
 
-@pytest.mark.parametrize("function", [attention_oracle, flash_attention, attention])
-@given(cases())
+# The choice among them leads to `flash_attention` for all but one query.
+ONE_QUERY = [shape for shape in SHAPES if shape[3] == 1]
+
+
+@pytest.mark.parametrize(
+    "function, shapes", [(attention_oracle, SHAPES), (flash_attention, SHAPES), (attention, [*ONE_QUERY, SHAPES[10]])]
+)
+@given(data=st.data())
 @settings(max_examples=48, deadline=None)
-def test_value_and_gradients_are_exact(function, case):
-    shape, start, segments, seed = case
+def test_value_and_gradients_are_exact(function, shapes, data):
+    shape, start, segments, seed = data.draw(cases(shapes))
     inputs = arrays(shape, seed)
     mine = segments_of_queries(segments, shape, start)
     found = value_and_gradients(function, *inputs, start, mine, segments, shape[7])
     assert_exact(found, exact(*inputs, start, segments, shape[7]))
 
 
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[3] == shape[4]])
-@pytest.mark.parametrize("function", [flash_attention, attention])
+WITHOUT_CACHE = [shape for shape in SHAPES if shape[3] == shape[4]]
+
+
+@pytest.mark.parametrize(
+    "function, shape", [*((flash_attention, shape) for shape in WITHOUT_CACHE), (attention, WITHOUT_CACHE[1])]
+)
 def test_rows_without_segments_are_exact(function, shape):
     inputs, segments = arrays(shape, 7), np.ones((shape[0], shape[4]), np.int32)
     found = value_and_gradients(function, *inputs, *where_all_is_seen(shape))
