@@ -100,7 +100,7 @@ def skeleton(
 def with_options(
     model: Decoder, *, mesh: Mesh | None = None, execution: str | AbstractExecution | None = None
 ) -> Decoder:
-    """The same weights, placed and run otherwise.
+    """The same weights, placed and run otherwise. What need not move is shared with `model`, not copied.
 
     Args:
         mesh: the devices to spread the weights over, see `eqx_moe.sharding`; None leaves them where they are. (A mesh
@@ -124,13 +124,14 @@ def stack(model: Decoder, *, rematerialise: bool = False) -> Decoder:
 
     For training: a step compiles in the time of one layer, and (with `rematerialise`) keeps what stands between layers
     only and computes the rest again. `unstack` is its inverse, bit for bit. `generate` and `save_pretrained` take
-    either form; a cache wants the layers apart, because a scan copies each of them for every token.
+    either form; a cache wants the layers apart, because a scan copies each of them for every token. Embedding, norm,
+    head and layers that are equal to no neighbour are shared with `model`, not copied.
     """
     return dataclasses.replace(model, layers=stack_layers(model.layers, rematerialise))
 
 
 def unstack(model: Decoder) -> Decoder:
-    """The same model, each layer a block of its own."""
+    """The same model, each layer a block of its own. What is in no stack is shared, not copied."""
     if not any(isinstance(layer, Stack) for layer in model.layers):
         return model
     return dataclasses.replace(model, layers=unstack_layers(model.layers))

@@ -70,7 +70,9 @@ class Case:
 
 def _case(model_type: str, name: str, *, packed=False, shards=False, length=37, **config) -> Case:
     experts = EXPERTS if model_type == "mixtral" else {}
-    return Case(model_type, name, {**SIZES, **experts, **config}, packed, shards, length)
+    # One layer shows a rotary embedding as well as two.
+    layers = {"num_hidden_layers": 1} if "rope_parameters" in config else {}
+    return Case(model_type, name, {**SIZES, **experts, **layers, **config}, packed, shards, length)
 
 
 MIXTRAL = [
@@ -145,5 +147,5 @@ QWEN3 = [
 
 CASES = [*MIXTRAL, *LLAMA, *MISTRAL, *QWEN2, *QWEN3]
 
-#: One or two per family, for properties that do not depend on every switch.
-FEW = [MIXTRAL[3], MIXTRAL[6], MIXTRAL[9], LLAMA[2], MISTRAL[0], QWEN2[4], QWEN3[1]]
+#: One per family, for properties that do not depend on every switch, and two whose rotary embedding goes by the length.
+FEW = [MIXTRAL[3], LLAMA[2], LLAMA[5], LLAMA[7], MISTRAL[0], QWEN2[4], QWEN3[1]]

@@ -11,12 +11,12 @@ import struct
 import sys
 import zipfile
 
-import jax
 import ml_dtypes  # noqa: F401  # lets safetensors read bfloat16
 import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers
+from weights import draw
 
 import eqx_moe
 from eqx_moe.checkpoint import leaf_paths
@@ -45,7 +45,7 @@ MODEL = eqx_moe.MixtralConfig(
 def made(tmp_path_factory) -> pathlib.Path:
     """A folder `single` and a folder `sharded` of one tiny model, each with a tokenizer."""
     root = tmp_path_factory.mktemp("good")
-    model = eqx_moe.init(MODEL, key=jax.random.key(0))
+    model = draw(MODEL)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     tokenizer.add_special_tokens(["<s>", "</s>"])
     eqx_moe.save_pretrained(model, root / "single", tokenizer)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from weights import draw_experts
 
 import eqx_moe
 from eqx_moe.execution import Capacity, Dense, Grouped, Routing
 from eqx_moe.execution.capacity import capacity_oracle
-from eqx_moe.nn.experts import Experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +71,7 @@ def kept_by(case: Case, chosen, mask):
 def inputs(case: Case, random):
     x, dy = random.normal(size=(2, case.batch, case.seq, case.hidden)).astype(np.float32)
     weights = random.normal(size=(case.batch, case.seq, case.k)).astype(np.float32)
-    key = jax.random.key(int(random.integers(2**31)))
-    return x, dy, weights, Experts(case.experts, case.hidden, case.ffn, std=0.5, dtype="float32", key=key)
+    return x, dy, weights, draw_experts(case.experts, case.hidden, case.ffn, int(random.integers(2**31)))
 
 
 @eqx.filter_jit

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tokenizers
 from cases import CASES, MIXTRAL
+from weights import draw
 
 import eqx_moe
 from eqx_moe.checkpoint import leaf_paths
@@ -165,7 +166,7 @@ def test_name_tables_fit_their_models(case):
 
 def test_saving_keeps_what_else_the_tokenizer_config_says(tmp_path):
     """Above all a chat template: the folder may be the one that the model was loaded from."""
-    model = eqx_moe.init(PLAIN.parsed, key=jax.random.key(0))
+    model = draw(PLAIN.parsed)
     vocab = {f"w{i}": i for i in range(53)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w0"))
     said = {"chat_template": "{{ messages }}", "tokenizer_class": "LlamaTokenizerFast", "eos_token": "old"}

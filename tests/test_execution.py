@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from weights import draw_experts
 
 import eqx_moe
 from eqx_moe.execution import Dense, Grouped, Routing, resolve
-from eqx_moe.kernels.grouped_matmul import grouped_matmul, grouped_matmul_oracle
-from eqx_moe.nn.experts import Experts
+from eqx_moe.kernels.grouped_matmul import _slots, grouped_matmul, grouped_matmul_oracle
 from eqx_moe.nn.router import SoftmaxTopKRouter
 
 # (rows, groups, in, out): few rows (one at a time), one group, more groups than rows, sizes that divide nothing.
@@ -61,6 +61,22 @@ def test_grouped_matmul_equals_its_oracle_in_value_and_gradients(case):
         assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("left", [1, 15, 16, 17, 127, 128, 129, 145])
+def test_groups_that_just_fit_a_window_and_just_do_not(left):
+    """So many rows of a group have no slot. A window takes 128 of them, or where fewer are left 16."""
+    rows, groups, inner, outer = SHAPES[4]
+    slots = _slots(rows, groups, rows // 3 + 1)
+    random = np.random.default_rng(left)
+    x, weight, dy = (
+        random.normal(size=shape).astype(np.float32) for shape in ((rows, inner), (groups, outer, inner), (rows, outer))
+    )
+    # Slots are used where most rows have one: there, and in the first of these alone.
+    for sizes in ([slots + left, 20, slots, 5], [left, 3, left, 1], [rows - 25 - left, 20, 5, left]):
+        found, expected = _both(x, weight, np.asarray(sizes, np.int32), dy)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_close(ours, theirs)
+
+
 def test_rows_past_the_groups_may_hold_anything():
     """Also infinities: they reach neither the result nor a gradient."""
     sizes = jnp.asarray([2, 0, 3])
@@ -84,6 +100,10 @@ def test_bfloat16_accumulates_in_float32():
         .set(jnp.asarray([256, 1, 256, 1, -2], jnp.bfloat16))
     )
     assert grouped_matmul(jnp.ones((1, 16384), jnp.bfloat16), wide, jnp.asarray([1])) == 512
+    # And windows of 128 rows: the same in the gradient of a matrix.
+    rows = jnp.zeros((301, 1), jnp.bfloat16).at[jnp.asarray([0, 1, 128, 129, 256]), 0].set(wide[wide != 0])
+    _, pull = jax.vjp(lambda w: grouped_matmul(rows, w, jnp.asarray([301, 0, 0])), jnp.ones((3, 1, 1), jnp.bfloat16))
+    assert pull(jnp.ones_like(rows))[0].ravel().tolist() == [512, 0, 0]
 
 
 # (tokens, hidden, ffn, experts, k)
@@ -110,7 +130,7 @@ def test_grouped_equals_dense_in_value_and_gradients(shape, kind, seed):
         chosen = np.stack([random.permutation(count)[:k] for _ in range(tokens)])
     x, dy = random.normal(size=(2, tokens, hidden)).astype(np.float32)
     weights = random.normal(size=(tokens, k)).astype(np.float32)
-    experts = Experts(count, hidden, ffn, std=0.5, dtype="float32", key=jax.random.key(seed))
+    experts = draw_experts(count, hidden, ffn, seed)
     found, expected = (
         _run(execution, x, weights, chosen.astype(np.int32), experts, dy) for execution in (Grouped(), Dense())
     )
@@ -121,7 +141,7 @@ def test_grouped_equals_dense_in_value_and_gradients(shape, kind, seed):
 @pytest.mark.parametrize("execution", [Grouped(), Dense()], ids=repr)
 def test_pairs_that_go_nowhere_add_nothing(execution, getkey):
     """They are not run: their expert index may be anything to the matrices, and their input not even finite."""
-    experts = Experts(5, 7, 11, std=0.5, dtype="float32", key=getkey())
+    experts = draw_experts(5, 7, 11)
     x = jax.random.normal(getkey(), (1, 4, 7)).at[0, 3].set(jnp.inf)
     weights = jnp.full((1, 4, 2), 0.5)
     chosen = jnp.asarray([[[0, 4], [1, 5], [5, 5], [5, 5]]])
@@ -133,7 +153,7 @@ def test_pairs_that_go_nowhere_add_nothing(execution, getkey):
 
 def test_permuting_experts_permutes_nothing_else(getkey):
     router = SoftmaxTopKRouter(7, 5, 2, std=0.5, dtype="float32", key=getkey())
-    experts = Experts(5, 7, 11, std=0.5, dtype="float32", key=getkey())
+    experts = draw_experts(5, 7, 11)
     x = jax.random.normal(getkey(), (23, 7))
     order = jnp.asarray([3, 0, 4, 2, 1])
     moved = jax.tree.map(lambda leaf: leaf[order], experts)

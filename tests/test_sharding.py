@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from weights import draw
 
 import eqx_moe
 from eqx_moe import sharding, train
@@ -29,7 +30,7 @@ value_and_grad = eqx.filter_jit(eqx.filter_value_and_grad(train.loss, has_aux=Tr
 @pytest.fixture(scope="module")
 def on_one():
     """For each family: the model on one device, its loss and its gradients."""
-    models = {name: eqx_moe.init(config, key=jax.random.key(3)) for name, config in FAMILIES.items()}
+    models = {name: draw(config, seed=3) for name, config in FAMILIES.items()}
     return {name: (model, *value_and_grad(model, meshes.batch())) for name, model in models.items()}
 
 
@@ -121,7 +122,7 @@ def test_layers_that_are_stacked_stay_whole_along_the_stack():
 
 def test_bad_meshes(tmp_path):
     odd = dataclasses.replace(meshes.MIXTRAL, num_local_experts=6)
-    model = eqx_moe.init(odd, key=jax.random.key(0))
+    model = draw(odd)
     eqx_moe.save_pretrained(model, tmp_path)
     wrong = {
         r"divides the number of experts; got 4 devices along it for 6 experts": meshes.mesh((4,), ("expert",)),
@@ -143,14 +144,11 @@ def test_bad_meshes(tmp_path):
 # --- Making and placing ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
-def test_init_on_a_mesh_is_init(on_one, explicit):
-    mesh = meshes.mesh((2, 2, 2), explicit=explicit)
-    model = eqx_moe.init(meshes.MIXTRAL, key=jax.random.key(3), mesh=mesh)
-    assert same(model, on_one["mixtral"][0]) and placed_as_planned(model)
+def test_init_on_a_mesh_is_init():
+    model = eqx_moe.init(meshes.MIXTRAL, key=jax.random.key(3), mesh=meshes.mesh((2, 2, 2)))
+    assert same(model, eqx_moe.init(meshes.MIXTRAL, key=jax.random.key(3))) and placed_as_planned(model)
     gate = model.layers[0].moe.experts.gate
     assert {shard.data.shape for shard in gate.addressable_shards} == {(8, 20, 16)}
-    assert set(model.mesh.axis_types) == {AxisType.Auto}
 
 
 def test_with_options_moves_a_model(on_one):
@@ -236,9 +234,9 @@ def check_loss_and_gradients(expected, mesh):
     assert np.isnan(value_and_grad(model, unknown)[0][0])
 
 
-def test_what_fsdp_moves_are_weights():
+def test_what_fsdp_moves_are_weights(on_one):
     """Along `data` alone, the forward pass gathers each matrix once, and moves nothing else but a few numbers."""
-    model = eqx_moe.init(meshes.LLAMA, key=jax.random.key(0), mesh=meshes.mesh((8,), ("data",)))
+    model = eqx_moe.with_options(on_one["llama"][0], mesh=meshes.mesh((8,), ("data",)))
     arrays, static = eqx.partition(model, eqx.is_array)
     batch = sharding.put(meshes.batch(), model.mesh, rows=True)
     compiled = jax.jit(lambda arrays: train.loss(eqx.combine(arrays, static), batch)[0]).lower(arrays).compile()
@@ -263,16 +261,17 @@ def test_greedy_generation_is_one_devices(on_one, shape):
     assert list(eqx_moe.stream(model, prompts[1], 9, eos_ids=[])) == expected[1]
 
 
-def test_a_model_on_a_mesh_is_not_mapped_over_rows():
-    model = eqx_moe.init(meshes.LLAMA, key=jax.random.key(0), mesh=meshes.mesh((2,), ("data",)))
+def test_a_model_on_a_mesh_is_not_mapped_over_rows(on_one):
+    model = eqx_moe.with_options(on_one["llama"][0], mesh=meshes.mesh((2,), ("data",)))
     for run in (eqx.filter_vmap(model), eqx.filter_jit(eqx.filter_vmap(model)), eqx.filter_vmap(eqx.filter_jit(model))):
         with pytest.raises(ValueError, match="cannot run under `vmap` .here over 24 rows.*as a batch"):
             run(meshes.batch().tokens)
 
 
-def test_explicit_surroundings_are_refused():
+def test_explicit_meshes_become_auto_and_explicit_surroundings_are_refused():
     mesh = meshes.mesh((2,), ("data",), explicit=True)
     model = eqx_moe.init(meshes.LLAMA, key=jax.random.key(0), mesh=mesh)
+    assert set(model.mesh.axis_types) == {AxisType.Auto} and placed_as_planned(model)
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="`jax.set_mesh` has set Explicit"):
         model(meshes.batch().tokens)
 
@@ -294,9 +293,10 @@ def test_training_on_a_mesh_is_training(on_one):
     assert placed_as_planned(found) and same(model, one)
 
 
-def test_the_optimizers_state_is_spread_like_its_weights_and_donated(on_one):
+def test_the_optimizers_state_is_spread_like_its_weights_and_donated():
     optimizer = train.adamw(1e-2, 3)
-    model = eqx_moe.with_options(on_one["mixtral"][0], mesh=meshes.mesh((2, 2, 2)))
+    # Not the model of other tests: a step would take along what they share.
+    model = eqx_moe.with_options(draw(meshes.MIXTRAL), mesh=meshes.mesh((2, 2, 2)))
     state = train.init_optimizer(optimizer, model)
     plan = plan_sharding(model, model.mesh)
 
@@ -327,8 +327,8 @@ def test_evaluation_on_a_mesh(on_one):
     np.testing.assert_allclose(found.nats, expected.nats, rtol=1e-6)
 
 
-def test_factored_optimizers_have_states_of_other_shapes():
+def test_factored_optimizers_have_states_of_other_shapes(on_one):
     """Adafactor's rows and columns do not have their weight's shape: they are whole on every device."""
-    model = eqx_moe.init(meshes.LLAMA, key=jax.random.key(0), mesh=meshes.mesh((2,), ("data",)))
+    model = eqx_moe.with_options(on_one["llama"][0], mesh=meshes.mesh((2,), ("data",)))
     state = train.init_optimizer(optax.adafactor(1e-3, min_dim_size_to_factor=8), model)
     assert all(isinstance(leaf.sharding, NamedSharding) for leaf in jax.tree.leaves(state))

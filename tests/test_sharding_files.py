@@ -7,6 +7,7 @@ import jax
 import meshes
 import numpy as np
 import pytest
+from weights import draw
 
 import eqx_moe
 from eqx_moe.checkpoint import leaf_paths, reader, writer
@@ -15,7 +16,7 @@ from eqx_moe.models import plan_sharding
 
 @pytest.fixture(scope="module")
 def model():
-    return eqx_moe.init(meshes.MIXTRAL, key=jax.random.key(3))
+    return draw(meshes.MIXTRAL)
 
 
 @pytest.fixture(scope="module", params=["original", "packed"])

@@ -65,6 +65,20 @@ def test_cross_entropy_in_chunks(small_chunks):
     assert_same_as_oracle()
 
 
+def test_a_vocabulary_larger_than_a_chunk_goes_row_by_row(monkeypatch):
+    monkeypatch.setattr(kernel, "_MAX_LOGITS", 5)
+    found, expected = kernel.cross_entropy(*inputs()), kernel.cross_entropy_oracle(*inputs())
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_bfloat16_add_up_in_float32(monkeypatch):
+    """Each of 1027 tokens adds a half. In bfloat16 a sum of ones ends at 256."""
+    monkeypatch.setattr(kernel, "_MAX_LOGITS", 3 * 2)
+    hidden, unembedding = jnp.ones((1027, 1), jnp.bfloat16), jnp.zeros((2, 1), jnp.bfloat16)
+    gradient = jax.grad(lambda u: kernel.cross_entropy_sum(hidden, u, jnp.zeros(1027, jnp.int32)))(unembedding)
+    assert gradient.ravel().tolist() == [-512, 512]
+
+
 @pytest.mark.parametrize("function", [kernel.cross_entropy, kernel.cross_entropy_sum])
 def test_chunks_hold_few_logits(function):
     hidden, unembedding = jnp.zeros((4096, 4)), jnp.zeros((50_000, 4))

@@ -3,8 +3,8 @@
 import dataclasses
 import pathlib
 
-import jax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from weights import draw
 
 import eqx_moe
 
@@ -49,7 +49,7 @@ def tokenizer() -> Tokenizer:
 
 
 def model(config: object = CONFIG, seed: int = 3) -> eqx_moe.Decoder:
-    return eqx_moe.init(config, key=jax.random.key(seed))
+    return draw(config, seed)
 
 
 def write(folder: pathlib.Path, config: object = CONFIG, dtype: str = "float32") -> pathlib.Path:

@@ -90,9 +90,10 @@ def make_step(optimizer: optax.GradientTransformation) -> Step:
     """One training step, compiled as one: `step(model, opt_state, batch, key) -> (model, opt_state, metrics)`.
 
     The model and the optimizer state that go in are donated: their memory is used again for those that come out, and
-    neither may be used after the call. On a mesh the batch is spread over it, and both come out placed as they went in.
-    If the loss or a gradient is not finite, both come out as they went in. The metrics are those of `loss`,
-    `grad_norm`, and `finite`, which says whether the update was made.
+    neither may be used after the call. Nor may a model that `stack`, `unstack` or `with_options` made this one from:
+    what they need not change is shared. (`fit` works on a copy.) On a mesh the batch is spread over it, and both come
+    out placed as they went in. If the loss or a gradient is not finite, both come out as they went in. The metrics are
+    those of `loss`, `grad_norm`, and `finite`, which says whether the update was made.
     """
 
     @eqx.filter_jit(donate="all-except-first")
