@@ -221,6 +221,8 @@ def _inspect(args: argparse.Namespace) -> None:
     from eqx_moe.hub import load_config
     from eqx_moe.models import count_parameters, family_of, skeleton
 
+    if args.mesh is None and (args.batch_size or args.seq):
+        raise ValueError("--batch-size and --seq are for a plan; name its devices too, as in --mesh data=2,expert=4.")
     config = load_config(args.model)
     family, model = family_of(config), skeleton(config)
     folder = pathlib.Path(args.model)

@@ -55,6 +55,7 @@ RULES: dict[str, tuple[str | None, ...]] = {
     "mlp.up.bias": (TENSOR,),
     "mlp.down.bias": (None,),
     "moe.router.weight": (None, DATA),
+    "moe.router.selection_bias": (None,),
     "moe.experts.gate": (EXPERT, TENSOR, DATA),
     "moe.experts.up": (EXPERT, TENSOR, DATA),
     "moe.experts.down": (EXPERT, DATA, TENSOR),
@@ -74,6 +75,10 @@ def check_mesh(mesh: AnyMesh) -> AnyMesh:
     Raises:
         ValueError: an axis that is not of `AXES`.
     """
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise ValueError(
+            f"`mesh` must be a mesh, as `jax.make_mesh((2, 4), ('data', 'expert'))` gives it; got {mesh!r}."
+        )
     unknown = sorted(set(mesh.axis_names) - set(AXES), key=str)
     if unknown:
         raise ValueError(
@@ -220,6 +225,16 @@ def rows_axes(mesh: AnyMesh | None, rows: int) -> tuple[str, ...]:
     return ()
 
 
+def expert_split(mesh: AnyMesh, rows: int, length: int) -> int | None:
+    """Which axis of a batch of tokens, [rows, length], the axis `expert` splits for a MoE block: rows if it divides
+    those that `data` leaves, else the sequence if it divides that, else none."""
+    data, expert = (mesh.shape.get(axis, 1) for axis in (DATA, EXPERT))
+    if EXPERT not in mesh.shape:
+        return None
+    rows = rows // data if rows % data == 0 else rows
+    return 0 if rows % expert == 0 else 1 if length % expert == 0 else None
+
+
 def rows_sharding(mesh: AnyMesh, rows: int, *others: str | None) -> NamedSharding:
     """The rows of a batch split over `rows_axes`; `others` say what splits the dimensions after the first."""
     return NamedSharding(mesh, PartitionSpec(rows_axes(mesh, rows) or None, *others))
@@ -246,14 +261,16 @@ def sum_over_rows(
     """`function(weight, *rows)`, which is a sum over rows: each device takes its own of them. For traced arrays.
 
     XLA would add up the devices' gradients of the weight in each turn of a loop inside the function; here they are
-    added once, after it. The axis `tensor` is left to XLA.
+    added once, after it, in float32. The axis `tensor` is left to XLA.
     """
     axes = rows_axes(mesh, rows[0].shape[0])
     if not axes:
         return function(weight, *rows)
 
     def local(weight, *rows):
-        return jax.lax.psum(function(jax.lax.pcast(weight, axes, to="varying"), *rows), axes)
+        # Sums over devices in bfloat16 would lose digits, and XLA's CPU back end (jax 0.10) dies of some of them.
+        whole = jax.lax.pcast(weight.astype(jnp.float32), axes, to="varying").astype(weight.dtype)
+        return jax.lax.psum(function(whole, *rows), axes)
 
     specs = (PartitionSpec(), *(PartitionSpec(axes) for _ in rows))
     shared = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), axis_names=set(axes))

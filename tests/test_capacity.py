@@ -312,6 +312,9 @@ def test_bad_options():
     for factor in (0, -1.5, math.nan, math.inf):
         with pytest.raises(ValueError, match=rf"`factor` must be in \(0, inf\).*got {factor}"):
             Capacity(factor)
+    for factor in ("2", None, True):
+        with pytest.raises(ValueError, match=rf"`factor` must be in \(0, inf\).*got {factor!r}"):
+            Capacity(factor)
     with pytest.raises(ValueError, match=r"\['zero', 'residual'\]; got 'norm'"):
         Capacity(dropped="norm")
     assert eqx_moe.execution.resolve("capacity") == Capacity(1.25, "zero")

@@ -153,6 +153,7 @@ def test_inspect_plans_a_row_for_each_device_that_takes_rows(run, folder):
         (["--mesh", "data=2,expert=3"], ["3 devices", "5 experts"]),
         (["--mesh", "data=2,pipe=3"], ["pipe", "data", "expert", "tensor"]),
         (["--mesh", "data=2", "--seq", "100000"], ["--seq", "100000"]),
+        (["--seq", "16"], ["--seq", "--mesh"]),
     ],
 )
 def test_inspect_refuses_a_mesh_in_one_paragraph(run, config_only, options, parts):

@@ -108,6 +108,7 @@ def test_bfloat16_accumulates_in_float32():
 
 # (tokens, hidden, ffn, experts, k)
 BLOCKS = [(1, 6, 5, 4, 2), (19, 7, 11, 5, 3), (40, 5, 6, 13, 1), (33, 9, 4, 3, 3), (11, 3, 7, 64, 8)]
+BLOCKS += [(21, 5, 3, 1, 1), (10, 4, 9, 7, 4), (14, 6, 7, 9, 5), (8, 7, 5, 16, 6), (13, 8, 3, 11, 7)]
 
 
 @eqx.filter_jit
@@ -172,6 +173,8 @@ def test_names_and_objects():
     assert resolve(None) == Grouped() and resolve("dense") == Dense() and resolve(Grouped()) == Grouped()
     with pytest.raises(ValueError, match=r"\['capacity', 'dense', 'expert_parallel', 'grouped'\]; got 'magic'"):
         resolve("magic")
+    with pytest.raises(ValueError, match=r"; got \{\}"):
+        resolve({})
     config = eqx_moe.LlamaConfig(
         vocab_size=11, hidden_size=12, intermediate_size=7, num_hidden_layers=1, num_attention_heads=2
     )

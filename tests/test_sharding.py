@@ -61,7 +61,14 @@ def test_every_weight_of_every_family_has_a_rule_and_every_rule_a_weight():
         plan_sharding(model, AbstractMesh((2,), ("data",)))
         for path in leaf_paths(model):
             used |= {rule for rule in sharding.RULES if path == rule or path.endswith("." + rule)}
-    assert used == set(sharding.RULES)
+    # No family here has the router that this one is of.
+    assert used == set(sharding.RULES) - {"moe.router.selection_bias"}
+
+
+def test_a_selection_bias_is_whole_everywhere():
+    weights = {"layers.0.moe.router.selection_bias": jax.ShapeDtypeStruct((16,), "float32")}
+    (placement,) = sharding.plan(weights, AbstractMesh((2, 4), ("data", "expert")), {}).values()
+    assert placement.spec == P(None)
 
 
 def test_a_weight_without_a_rule_is_an_error():
@@ -139,6 +146,8 @@ def test_bad_meshes(tmp_path):
         ):
             with pytest.raises(ValueError, match=message):
                 build()
+    with pytest.raises(ValueError, match=r"`mesh` must be a mesh, as .*; got \{'data': 2\}"):
+        plan_sharding(model, {"data": 2})
 
 
 # --- Making and placing ----------------------------------------------------------------------------------------------
@@ -279,9 +288,9 @@ def test_explicit_meshes_become_auto_and_explicit_surroundings_are_refused():
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
-def test_training_on_a_mesh_is_training(on_one):
+def test_training_on_a_mesh_is_training():
     # Not Adam: it divides gradients by their size, and where they are all but zero that shows rounding.
-    one, optimizer = on_one["llama"][0], optax.sgd(0.1, momentum=0.9)
+    one, optimizer = draw(dataclasses.replace(meshes.LLAMA, num_hidden_layers=2)), optax.sgd(0.1, momentum=0.9)
     model = eqx_moe.with_options(one, mesh=meshes.mesh((2, 2, 2)))
     (expected, history), (found, found_history) = (
         train.fit(start, iter([meshes.batch(seed=i) for i in range(3)]), steps=3, optimizer=optimizer)
@@ -290,7 +299,17 @@ def test_training_on_a_mesh_is_training(on_one):
     for a, b in zip(found_history, history, strict=True):
         np.testing.assert_allclose([a[k] for k in b], list(b.values()), rtol=1e-4)
     assert_close(found, expected)
-    assert placed_as_planned(found) and same(model, one)
+    assert placed_as_planned(found) and same(model, one) and len(found.layers) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_gradients_on_a_mesh(on_one, family):
+    """As near to those in float32 as one device's are, about."""
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), on_one[family][0])
+    _, found = value_and_grad(eqx_moe.with_options(half, mesh=meshes.mesh((2, 2, 2))), meshes.batch())
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(found))
+    found = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found)
+    assert_close(found, on_one[family][2], most=0.05)
 
 
 def test_the_optimizers_state_is_spread_like_its_weights_and_donated():

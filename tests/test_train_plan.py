@@ -164,6 +164,19 @@ def test_more_devices_hold_less():
     assert few.sent["to add activations along tensor"] == 0 < many.sent["to add activations along tensor"]
 
 
+def test_a_stacked_model_is_planned_as_its_layers():
+    config = dataclasses.replace(meshes.MIXTRAL, num_hidden_layers=2)
+    mesh = AbstractMesh((2, 2, 2), meshes.AXES)
+    stacked = eqx.filter_eval_shape(eqx_moe.stack, skeleton(config))
+    assert plan_step(stacked, mesh, rows=8, length=16, optimizer=OPTIMIZER) == planned(config, (2, 2, 2), 8, 16)
+
+
+@pytest.mark.parametrize(("rows", "length"), [(0, 16), (-8, 16), (8, 0)])
+def test_a_batch_has_tokens(rows, length):
+    with pytest.raises(ValueError, match=f"{rows=} and {length=}"):
+        planned(meshes.MIXTRAL, (2, 2, 2), rows, length)
+
+
 def test_one_device_sends_nothing():
     assert set(planned(meshes.MIXTRAL, (1, 1, 1), 5, 64).sent.values()) == {0}
 

@@ -47,7 +47,7 @@ def _by_name(name: str, mesh: Mesh | None) -> AbstractExecution:
         if mesh is None:
             raise ValueError("`execution='expert_parallel'` needs a `mesh` to spread the experts over; got mesh=None.")
         return ExpertParallel(mesh)
-    if name not in _BY_NAME:
+    if not isinstance(name, str) or name not in _BY_NAME:
         raise ValueError(
             "`execution` must be None, an object of `eqx_moe.execution` or one of "
             f"{sorted([*_BY_NAME, 'expert_parallel'])}; got {name!r}."

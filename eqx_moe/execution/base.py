@@ -14,16 +14,18 @@ class Routing(eqx.Module):
     run and adds nothing. Padding goes there, and where experts are spread over devices, so does what another device
     runs.
 
-    The two numbers are for an execution that is called with a part of a block, as on one device of many, such that the
-    sum over all calls is the block: `num_experts` is how many experts the whole block has (None: the call has them
+    The three numbers are for an execution that is called with a part of a block, as on one device of many, such that
+    the sum over all calls is the block: `num_experts` is how many experts the whole block has (None: the call has them
     all), and `shares` how many calls run the very same pairs, each with a part of every expert's ffn dimension. What an
-    execution adds beside the experts' outputs it divides by `shares`.
+    execution adds beside the experts' outputs it divides by `shares`. `expected` is about how many pairs are to be run,
+    None for the experts' share of all pairs; it changes no result.
     """
 
     experts: Int[Array, "*tokens k"]
     weights: Float[Array, "*tokens k"]
     num_experts: int | None = eqx.field(static=True, default=None)
     shares: int = eqx.field(static=True, default=1)
+    expected: int | None = eqx.field(static=True, default=None)
 
 
 @runtime_checkable

@@ -41,8 +41,9 @@ class Capacity(AbstractExecution):
     by_row: ClassVar[bool] = True
 
     def __post_init__(self):
-        if not 0 < self.factor < math.inf:
-            raise ValueError(f"`factor` must be in (0, inf), so that an expert has places; got {self.factor}.")
+        number = isinstance(self.factor, int | float) and not isinstance(self.factor, bool)
+        if not number or not 0 < self.factor < math.inf:
+            raise ValueError(f"`factor` must be in (0, inf), so that an expert has places; got {self.factor!r}.")
         if self.dropped not in ("zero", "residual"):
             raise ValueError(f"`dropped` must be one of ['zero', 'residual']; got {self.dropped!r}.")
 

@@ -145,7 +145,8 @@ def _run_received(inner: AbstractExecution, layout: Layout, rows, expert, weight
     """The own experts on rows that came for them; an `expert` past the last marks a row that is none."""
     expert = jnp.minimum(expert, experts.num_experts)[None, :, None]
     ones = jnp.ones_like(expert, dtype=weights.dtype)
-    routing = Routing(expert, ones, layout.num_experts, layout.tensor_shards)
+    # As many pairs come as go, on average; the rest of the rows is room.
+    routing = Routing(expert, ones, layout.num_experts, layout.tensor_shards, expected=min(weights.size, expert.size))
     y, drops = inner(rows[None], routing, experts, expert[..., 0] < experts.num_experts)
     return y[0], drops
 

@@ -35,7 +35,7 @@ class Grouped(AbstractExecution):
         expert_of_row = flat[rows]
         # With a share of a block's experts, about that share of the pairs goes to them.
         everyone = routing.num_experts or experts.num_experts
-        expected = -(-flat.size * experts.num_experts // everyone)
+        expected = routing.expected or -(-flat.size * experts.num_experts // everyone)
 
         def linear(x, stack, bias=None):
             y = grouped_matmul(x, stack, sizes, expected)

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from eqx_moe.execution.base import ExpertFunction
-from eqx_moe.sharding import DATA, EXPERT, TENSOR, check_experts
+from eqx_moe.sharding import DATA, EXPERT, TENSOR, check_experts, expert_split
 
 Tree = TypeVar("Tree")
 
@@ -45,10 +45,7 @@ class Layout:
             specs = experts.partition(name[EXPERT], None)
         along_data = (DATA,) if DATA in mesh.shape and batch % data == 0 else ()
         along_expert = (EXPERT,) if EXPERT in mesh.shape else ()
-        rows = batch // data if along_data else batch
-        split = None
-        if along_expert:
-            split = 0 if rows % expert == 0 else 1 if seq % expert == 0 else None
+        split = expert_split(mesh, batch, seq)
         return cls(
             tokens=PartitionSpec(along_data + (along_expert if split == 0 else ()), along_expert if split == 1 else ()),
             experts=specs,

@@ -53,8 +53,7 @@ def generate(
 
     Raises:
         ValueError: no prompt, an empty prompt, an id outside the vocabulary, a row longer than the model's positions,
-        or
-            `max_new_tokens` below 1.
+            or `max_new_tokens` below 1.
     """
     rows = _checked(model, prompts, max_new_tokens)
     model = gathered_along_data(unstack(model))

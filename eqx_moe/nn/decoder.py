@@ -81,14 +81,11 @@ class Decoder(eqx.Module):
         Args:
             tokens: ids below the vocabulary size. Outside jit others are an error; under jit they give NaN.
             positions: rotary positions, by default counted from 0 in every segment (with a cache: from where it
-            stands).
-                They change nothing else: who sees whom goes by places in the row.
+                stands). They change nothing else: who sees whom goes by places in the row.
             segment_ids: tokens see only their own segment; 0 is padding, whose outputs are finite and mean nothing.
-            All ones by
-                default.
+                All ones by default.
             cache: from `init_cache` or an earlier call; the tokens are taken as its next places. Without jit, an
-            error if
-                they do not fit; under jit the hidden states are then NaN.
+                error if they do not fit; under jit the hidden states are then NaN.
             key: given in training only; the router's jitter draws from it.
         """
         if tokens.size == 0:

@@ -167,10 +167,13 @@ def fit(
     """
     if steps < 1:
         raise ValueError(f"`steps` must be positive; got {steps}.")
-    given = model
-    model = jax.tree.map(lambda leaf: jnp.copy(leaf) if eqx.is_array(leaf) else leaf, model)
-    if model.depth > _DEEP or model.mesh is not None:
+    given = {id(leaf) for leaf in jax.tree.leaves(model)}
+    # Stacks that the caller made stay as they are.
+    stacking = (model.depth > _DEEP or model.mesh is not None) and not any(isinstance(x, Stack) for x in model.layers)
+    if stacking:
         model = stack(model, rematerialise=model.mesh is not None)
+    # A step takes its model's memory; what `stack` has not copied is still the caller's.
+    model = jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in given else leaf, model)
     opt_state = init_optimizer(optimizer, model)
     step_once = make_step(optimizer)
     history: list[dict[str, float]] = []
@@ -200,7 +203,7 @@ def fit(
             if on_step is not None:
                 on_step(step, model, metrics)
     del opt_state
-    return (model if len(given.layers) == len(model.layers) else unstack(model)), history
+    return (unstack(model) if stacking else model), history
 
 
 @dataclasses.dataclass(frozen=True)

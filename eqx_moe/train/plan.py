@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import optax
 
-from eqx_moe.models import plan_sharding
+from eqx_moe.models import plan_sharding, unstack
 from eqx_moe.nn.block import Block
 from eqx_moe.nn.decoder import Decoder
-from eqx_moe.sharding import DATA, EXPERT, TENSOR, AnyMesh, Placement, Plan, like_weights, rows_axes
+from eqx_moe.sharding import DATA, EXPERT, TENSOR, AnyMesh, Placement, Plan, expert_split, like_weights, rows_axes
 
 # How often each part of a layer is there at once when the backward pass takes most, and the embedding and the head all
 # the while: what XLA's CPU back end makes of the step (jax 0.10.2), rounded. tests/test_train_plan.py compares.
@@ -20,6 +20,10 @@ _WEIGHTS, _FFN_ROWS, _HIDDEN_ROWS, _VOCAB = 2, 4.5, 5, 3
 
 # Hidden states beside these where layers are split over `tensor`: each product has its own gradient for what it reads.
 _PARTIAL_SUMS = 8
+
+# How often hidden states are added up along `tensor` in a layer. Forward: what attention gives, and the MLP or experts.
+# Backward: attention once more, and the gradients of what q, k and v read, and gate and up, or the experts as one.
+_SUMS_DENSE, _SUMS_EXPERTS = 8, 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +76,8 @@ class StepPlan:
 
 
 def _table(rows: dict[str, int]) -> list[str]:
-    return [f"  {name:<40} {size:>22,}  {size / 2**30:>10,.2f} GiB" for name, size in rows.items()]
+    unit, divisor = ("GiB", 2**30) if max(rows.values()) >= 2**30 else ("MiB", 2**20)
+    return [f"  {name:<40} {size:>22,}  {size / divisor:>10,.2f} {unit}" for name, size in rows.items()]
 
 
 def plan_step(
@@ -80,7 +85,8 @@ def plan_step(
 ) -> StepPlan:
     """Plans one step of `make_step` on a mesh, without a device or a weight.
 
-    The step is planned as `fit` makes it on a mesh: layers stacked and rematerialised, experts in a ring.
+    The step is planned as `fit` makes it on a mesh: layers stacked and rematerialised, experts in a ring. (`fit` itself
+    leaves the model that it is given as it is: as long as somebody holds that, its weights are there once more.)
 
     Args:
         model: a model, or what `eqx_moe.models.skeleton` gives; weights and activations in its dtype.
@@ -91,9 +97,11 @@ def plan_step(
     Raises:
         ValueError: what `plan_sharding` refuses.
     """
+    if rows < 1 or length < 1:
+        raise ValueError(f"`rows` and `length` must be at least 1; got {rows=} and {length=}.")
+    model = eqx.filter_eval_shape(unstack, model)
     sharding = plan_sharding(model, mesh)
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), eqx.filter(model, _is_weight))
-    state = jax.eval_shape(optimizer.init, params)
+    state = jax.eval_shape(optimizer.init, model)
     places = jax.tree.leaves(like_weights(state, sharding))
     held = sum(
         math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -121,10 +129,6 @@ def plan_step(
 
 # The parts that have a row of weights for each id, and the norm between.
 _ENDS = ("embed", "head", "norm")
-
-
-def _is_weight(leaf: Any) -> bool:
-    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,9 +160,7 @@ class _Step:
         self.tokens = rows // split * length
         #: Bytes of the hidden states of all tokens of the device.
         self.hidden = self.tokens * model.embed.weight.shape[1] * np.dtype(model.embed.weight.dtype).itemsize
-        # Rows, else the sequence, are split over `expert`; or its devices all have the same tokens.
-        here = rows // self.ways[DATA] if rows % self.ways[DATA] == 0 else rows
-        self.meet = self.ways[EXPERT] > 1 and (here % self.ways[EXPERT] == 0 or length % self.ways[EXPERT] == 0)
+        self.meet = self.ways[EXPERT] > 1 and expert_split(sharding.mesh, rows, length) is not None
 
     def weight(self, place: Placement) -> _Weight:
         gathered = place.bytes_per_device * (self.ways[DATA] if DATA in place.spec else 1)
@@ -180,8 +182,7 @@ class _Step:
             assert block.mlp is not None
             ffn = self.hidden // hidden * size(block.mlp.gate.weight, "mlp.gate.weight")
             working += _FFN_ROWS * ffn + _HIDDEN_ROWS * self.hidden
-            # Attention and feed-forward forward; attention again; the gradients of what q, k, v, gate and up read.
-            return _Layer(weights, self.hidden, int(working), 0.0, 8 * tensor)
+            return _Layer(weights, self.hidden, int(working), 0.0, _SUMS_DENSE * tensor)
         together = self.hidden * (self.ways[EXPERT] if self.meet and EXPERT in self.axes else 1)
         gate = block.moe.experts.gate
         experts = gate.shape[-3] // self.ways[EXPERT]
@@ -191,8 +192,7 @@ class _Step:
         # Gathered and scattered, forward and backward; of these the tokens and the results are kept.
         to_experts = 4 * together * _others(self.ways[EXPERT]) if self.meet else 0.0
         kept = 2 * self.hidden + (together if self.meet else 0)
-        # Attention and experts forward; attention again; the gradients of what the experts, q, k and v read.
-        return _Layer(weights, kept, int(working), to_experts, 7 * tensor)
+        return _Layer(weights, kept, int(working), to_experts, _SUMS_EXPERTS * tensor)
 
     def sent(self, layers: list[_Layer], vocabulary: list[_Weight]) -> dict[str, int]:
         inner = [weight for layer in layers for weight in layer.weights]
