@@ -309,11 +309,8 @@ def test_half_precision_keeps_its_dtype_and_sums_in_that_of_the_weights():
 
 
 def test_bad_options():
-    for factor in (0, -1.5, math.nan, math.inf):
+    for factor in (0, -1.5, math.nan, math.inf, True):
         with pytest.raises(ValueError, match=rf"`factor` must be in \(0, inf\).*got {factor}"):
-            Capacity(factor)
-    for factor in ("2", None, True):
-        with pytest.raises(ValueError, match=rf"`factor` must be in \(0, inf\).*got {factor!r}"):
             Capacity(factor)
     with pytest.raises(ValueError, match=r"\['zero', 'residual'\]; got 'norm'"):
         Capacity(dropped="norm")

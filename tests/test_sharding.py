@@ -146,8 +146,6 @@ def test_bad_meshes(tmp_path):
         ):
             with pytest.raises(ValueError, match=message):
                 build()
-    with pytest.raises(ValueError, match=r"`mesh` must be a mesh, as .*; got \{'data': 2\}"):
-        plan_sharding(model, {"data": 2})
 
 
 # --- Making and placing ----------------------------------------------------------------------------------------------
