@@ -256,7 +256,7 @@ def _source(
 ) -> pathlib.Path | Snapshot:
     """The folder, or the commit of a repo on the Hub, that a user's text stands for."""
     if not isinstance(where, str) or not is_repo(where) or exists(pathlib.Path(where)):
-        return local_folder(where, doing)
+        return local_folder(where, doing, 'a local folder, or the name "org/name" of a repo on the Hub')
     return open_snapshot(
         where,
         revision=revision,
@@ -271,15 +271,15 @@ def _fetch(source: pathlib.Path | Snapshot, *names: str) -> pathlib.Path:
     return source if isinstance(source, pathlib.Path) else source.fetch(*names)
 
 
-def local_folder(folder: str | os.PathLike, doing: str) -> pathlib.Path:
+def local_folder(folder: str | os.PathLike, doing: str, expected: str = "a local folder") -> pathlib.Path:
     if not os.path.isdir(folder):
         there = exists(pathlib.Path(folder))
         raise CheckpointError(
             code="CFG-FOLDER",
             doing=doing,
             file=str(folder),
-            expected='a local folder, or the name "org/name" of a repo on the Hub',
-            found="something else under that name" if there else "nothing of that name, and no name of a repo",
+            expected=expected,
+            found="something else under that name" if there else "nothing of that name",
             fix="give the folder that the file lies in" if there else "check the name",
         )
     return pathlib.Path(folder)

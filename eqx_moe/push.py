@@ -106,10 +106,12 @@ def push_to_hub(
 
 def push_folder(
     folder: str | os.PathLike, repo_id: str, *, private: bool | None = None, token: str | bool | None = None
-) -> str:
-    """Uploads a folder that `save_pretrained` or transformers wrote, as `push_to_hub` does a model; gives the address.
+) -> tuple[str, list[str]]:
+    """Uploads a folder that `save_pretrained` or transformers wrote, as `push_to_hub` does a model.
 
-    Only the files that make up a model and its tokenizer, the model card and the licence go with it.
+    Returns:
+        The address of the commit, and the names of what was left out: what makes up neither a model nor its tokenizer,
+        and is no model card or licence.
 
     Raises:
         ValueError: `repo_id` is no name of a repo.
@@ -129,19 +131,23 @@ def push_folder(
             with open_plain(path / name, code="CFG-FOLDER", doing=_DOING) as file:
                 files[name] = file.readall()
     card = _card(repo_id, model, dtype, None)
-    return push(repo_id, files, card=card, private=private, revision=None, message=None, create_pr=False, token=token)
+    address = push(
+        repo_id, files, card=card, private=private, revision=None, message=None, create_pr=False, token=token
+    )
+    return address, sorted(entry.name for entry in path.iterdir() if entry.name not in files)
 
 
 def _earlier(repo: str, revision: str | None, token: str | bool | None) -> pathlib.Path | None:
-    """The folder with a repo's tokenizer_config.json, if the repo is there."""
-    try:
-        return open_snapshot(
-            repo, revision=revision, token=token, cache_dir=None, local_files_only=False, doing=_DOING
-        ).fetch(TOKENIZER_CONFIG)
-    except CheckpointError as error:
-        if error.code != "HUB-REPO":
-            raise
-        return None
+    """The folder with a repo's tokenizer_config.json, if the repo is there; a new branch starts from main."""
+    for named in (revision, None):
+        try:
+            return open_snapshot(
+                repo, revision=named, token=token, cache_dir=None, local_files_only=False, doing=_DOING
+            ).fetch(TOKENIZER_CONFIG)
+        except CheckpointError as error:
+            if error.code != "HUB-REPO":
+                raise
+    return None
 
 
 def _card(repo: str, model: Decoder, dtype: str, base_model: str | None) -> str:

@@ -34,7 +34,7 @@ def saved(tmp_path_factory) -> dict[str, bytes]:
 
 def files_of(folder: pathlib.Path, seed: int, **options) -> dict[str, bytes]:
     eqx_moe.save_pretrained(
-        tiny.model(seed=seed), folder, **{"tokenizer": tiny.tokenizer(), "max_shard_size": 10_000} | options
+        tiny.drawn(seed), folder, **{"tokenizer": tiny.tokenizer(), "max_shard_size": 10_000} | options
     )
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
@@ -106,7 +106,7 @@ def test_a_folder_comes_before_a_repo(repo, saved, tmp_path, monkeypatch):
     (tmp_path / REPO).write_text("a file")
     refused("CFG-FOLDER", "something else under that name")
     assert not repo.requests
-    refused("CFG-FOLDER", "no name of a repo", where="nothing/of/that/name")
+    refused("CFG-FOLDER", "nothing of that name", where="nothing/of/that/name")
     refused("CFG-FOLDER", 'name "org/name" of a repo', where="gpt2")
     refused("CFG-FOLDER", where=pathlib.Path("org/other"))
 

@@ -4,9 +4,12 @@ import dataclasses
 import pathlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import eqx_moe
+from eqx_moe.models import skeleton
 
 END = "<|endoftext|>"
 TEXT = "The wren is a small bird.\n\nIt sings in the hedge, and it does not tire: naïve, ☕, 漢字.\n" * 3
@@ -50,6 +53,12 @@ def tokenizer() -> Tokenizer:
 
 def model(config: object = CONFIG, seed: int = 3) -> eqx_moe.Decoder:
     return eqx_moe.init(config, key=jax.random.key(seed))
+
+
+def drawn(seed: int) -> eqx_moe.Decoder:
+    """Such a model from numpy's generator: nothing is compiled."""
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape), leaf.dtype), skeleton(CONFIG))
 
 
 def write(folder: pathlib.Path, config: object = CONFIG, dtype: str = "float32") -> pathlib.Path:

@@ -8,7 +8,7 @@ from eqx_moe.remote.client import is_repo
 _TEXT = """\
 # {name}
 
-A `{architecture}` with {parameters} parameters, in {dtype}.
+A `{architecture}` with {parameters}, in {dtype}.
 
 With [eqx_moe](https://pypi.org/project/eqx_moe/), in JAX:
 
@@ -67,11 +67,12 @@ def model_card(
             lines.append(f"{key}: {json.dumps(value)}")
         else:
             lines += [f"{key}:", *(f"- {json.dumps(item)}" for item in value)]
+    size = f"{total:,} parameters" + (f", of which a token uses {active:,}" if active < total else "")
     text = _TEXT.format(
         name=repo.split("/")[1],
         repo=repo,
         architecture=architecture,
-        parameters=f"{total:,}" if active == total else f"{total:,} ({active:,} active for a token)",
+        parameters=size,
         dtype=dtype,
     )
     return "\n".join(["---", *lines, "---", "", text])

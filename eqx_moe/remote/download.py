@@ -74,6 +74,10 @@ class Snapshot:
         """
         if self.files is not None:
             names = tuple(name for name in names if name in self.files)
+            with contextlib.suppress(OSError):
+                self.folder.mkdir(parents=True, exist_ok=True)
+        elif not self.folder.is_dir():
+            self._refuse_offline(list(names))
         absent = [name for name in names if not exists(self.folder / name)]
         if absent and self.files is not None:
             if not self.online:
@@ -102,7 +106,9 @@ class Snapshot:
         if absent and self.files is not None and self.online:
             try:
                 becomes = check(self._headers(shards))
-            except CheckpointError:
+            except CheckpointError as error:
+                if not error.code.startswith("ST-"):
+                    raise
                 # Headers come without a hash: look twice before a model is refused.
                 becomes = check(self._headers(shards))
             size = sum(self.files[name].size for name in absent)
@@ -141,30 +147,30 @@ class Snapshot:
         """
         from huggingface_hub.errors import SafetensorsParsingError
 
-        nothing = io.FileIO(os.devnull)
+        def place(shard: str) -> str:
+            return f"{self.repo}@{self.commit[:8]}/{shard}"
 
-        def read(shard: str) -> dict[str, Stored]:
-            place = f"{self.repo}@{self.commit[:8]}/{shard}"
+        def read(shard: str) -> dict[str, Entry]:
             if exists(self.folder / shard):
                 with io.FileIO(self.folder / shard) as file:
-                    entries = read_header(file, place)
-            else:
-                found = retrying(
-                    lambda: self.client.parse_safetensors_file_metadata(
-                        self.repo, shard, revision=self.commit, timeout=TIMEOUT
-                    )
+                    return read_header(file, place(shard))
+            found = retrying(
+                lambda: self.client.parse_safetensors_file_metadata(
+                    self.repo, shard, revision=self.commit, timeout=TIMEOUT
                 )
-                entries = {
-                    name: Entry(info.dtype, tuple(info.shape), *info.data_offsets)
-                    for name, info in found.tensors.items()
-                }
-            return {name: Stored(nothing, place, entry) for name, entry in entries.items()}
+            )
+            return {
+                name: Entry(info.dtype, tuple(info.shape), *info.data_offsets) for name, info in found.tensors.items()
+            }
 
         tensors: dict[str, Stored] = {}
+        # Nothing is read from what is not here.
+        nothing = io.FileIO(os.devnull)
+        nothing.close()
         try:
             with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-                for part in pool.map(read, shards):
-                    tensors |= part
+                for shard, entries in zip(shards, pool.map(read, shards), strict=True):
+                    tensors |= {name: Stored(nothing, place(shard), entry) for name, entry in entries.items()}
         except SafetensorsParsingError as error:
             self._refuse("ST-HEADER", "safetensors files", quote(str(error).splitlines()[0]), "name another repo")
         except Exception as error:
@@ -402,7 +408,7 @@ def _part(advance: Callable[[int], None]) -> type[tqdm]:
         def __init__(self, *args: Any, **options: Any):
             super().__init__(*args, **options | {"disable": True})
 
-        def update(self, n: float | None = 1) -> None:
+        def update(self, n: int | float | None = 1) -> None:
             advance(int(n or 0))
 
         def update_transfer(self, n: int) -> None:

@@ -1,7 +1,8 @@
 """Uploading: large files one at a time, then one commit (or pull request) that makes all of a model visible at once.
 
 A reader of the repo sees the model before or the model after, whatever fails in between. What was uploaded stays with
-the Hub, so that pushing again sends only what is missing.
+the Hub, so that pushing again sends only what is missing. Where hf_xet is installed the client uploads by Xet, and as
+plain LFS files only with HF_HUB_DISABLE_XET=1.
 """
 
 import contextlib
