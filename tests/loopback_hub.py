@@ -159,6 +159,8 @@ class _Refusal(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Headers and body are two writes: without this the second waits 40 ms for the client.
+    disable_nagle_algorithm = True
     server: _Server
 
     def log_message(self, format, *args):
@@ -267,6 +269,8 @@ class _Handler(BaseHTTPRequestHandler):
         verb, _, argument = rest[1:].partition("/")
         if verb == "revision":
             return self.info(name, repo, argument)
+        if verb == "tree":
+            return self.tree(repo, argument)
         if verb == "preupload":
             return self.preupload(repo, argument, json.loads(body))
         if verb == "commit":
@@ -334,6 +338,15 @@ class _Handler(BaseHTTPRequestHandler):
                     row["lfs"] = {"sha256": sha, "size": len(content), "pointerSize": 134}
             siblings.append(row)
         return self.json({"id": name, "sha": commit, "private": repo.private, "siblings": siblings})
+
+    def tree(self, repo: Repo, revision: str) -> tuple[int, dict[str, str], bytes]:
+        rows = []
+        for path, (content, large) in self.files(repo, revision)[1].items():
+            row: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": blob_id(content)}
+            if large:
+                row["lfs"] = {"oid": etag(content, True), "size": len(content), "pointerSize": 134}
+            rows.append(row)
+        return self.json(rows)
 
     def resolve(self, repo: Repo, revision: str, path: str) -> tuple[int, dict[str, str], bytes]:
         commit, files = self.files(repo, revision)

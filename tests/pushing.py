@@ -1,8 +1,8 @@
 """A process that pushes on request, to be killed: `python tests/pushing.py`, for tests/test_hub_kills.py.
 
 It reads "whole FOLDER REPO" or "broken FOLDER REPO" lines. For each it forks a child that pushes the folder's files, so
-that imports are paid for once, and writes the child's process id and then how it ended. "broken" makes a commit for
-every file, as no push should.
+that imports are paid for once, and writes the child's process id, that it ended, and (once told "bury") how. "broken"
+makes a commit for every file, as no push should.
 """
 
 import functools
@@ -37,7 +37,7 @@ def pushed_by_halves(folder: pathlib.Path, repo: str) -> None:
 
 
 def main() -> None:
-    for line in sys.stdin:
+    while line := sys.stdin.readline():
         kind, folder, repo = line.split()
         child = os.fork()
         if child == 0:
@@ -47,9 +47,13 @@ def main() -> None:
                 print(repr(error), file=sys.stderr, flush=True)
                 os._exit(1)
             os._exit(0)
-        print(child, flush=True)
+        print("started", child, flush=True)
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        # Until it is told that nobody will kill the child any more, its number stays its own.
+        print("ended", child, flush=True)
+        assert sys.stdin.readline() == "bury\n"
         _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        print("status", os.waitstatus_to_exitcode(status), flush=True)
 
 
 if __name__ == "__main__":

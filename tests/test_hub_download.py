@@ -267,7 +267,8 @@ def test_faults_that_pass_are_survived(repo, right, stage, kind, options):
     repo.fault(STAGES[stage], kind, **options)
     assert weights(eqx_moe.from_pretrained(REPO)) == right
     assert not repo.faults[0].times
-    if "headers" in options:
+    # The client itself asks once more for a file, at once.
+    if "headers" in options and stage != "file":
         assert max(repo.naps) >= 7
     # What was kept is whole.
     shutil.rmtree(cache() / ".eqx_moe")

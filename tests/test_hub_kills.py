@@ -41,24 +41,39 @@ class Pusher:
 
     def push(self, folder: pathlib.Path, kind: str = "whole", *, at: int | None = None, after: float | None = None):
         """Starts a push, kills it at its n-th request or after some seconds; gives how it ended and what it asked."""
-        hub, started, pids = self.hub, threading.Event(), []
+        hub, started, lock = self.hub, threading.Event(), threading.Lock()
+        child: list[int] = []
 
-        def kill(hub: loopback_hub.Hub) -> None:
-            if hub.count("") == at:
-                started.wait()
-                os.kill(pids[0], signal.SIGKILL)
+        def kill() -> None:
+            started.wait()
+            with lock:
+                for number in child:
+                    os.kill(number, signal.SIGKILL)
 
         hub.requests.clear()
         hub.faults.clear()
-        hub.fault("", kill, times=10**6)
-        assert self.process.stdin and self.process.stdout
-        print(kind, folder, REPO, file=self.process.stdin, flush=True)
-        pids.append(int(self.process.stdout.readline()))
+        hub.fault("", lambda hub: kill() if hub.count("") == at else None, times=10**6)
+        self.say(f"{kind} {folder} {REPO}")
+        child.append(self.hear("started"))
         started.set()
         if after is not None:
             time.sleep(after)
-            os.kill(pids[0], signal.SIGKILL)
-        return int(self.process.stdout.readline()), list(hub.requests)
+            kill()
+        self.hear("ended")
+        with lock:
+            child.clear()
+        self.say("bury")
+        return self.hear("status"), list(hub.requests)
+
+    def say(self, line: str) -> None:
+        assert self.process.stdin
+        print(line, file=self.process.stdin, flush=True)
+
+    def hear(self, word: str) -> int:
+        assert self.process.stdout
+        heard, number = self.process.stdout.readline().split()
+        assert heard == word
+        return int(number)
 
     def held(self) -> pathlib.Path | None:
         """The folder whose model the repo has; None for what is no model at all.

@@ -52,10 +52,18 @@ def retrying(call: Callable[[], T], waits: tuple[float, ...] = WAITS) -> T:
         except Exception as error:
             if not is_transient(error):
                 raise
-            # Nothing of the error stays: a chain of tries would keep every answer alive.
-            asked = _retry_after(error)
-        time.sleep(min(max(wait, asked), _LONGEST_WAIT))
+            pause = seconds_to_wait(error, wait)
+        time.sleep(pause)
     return call()
+
+
+def seconds_to_wait(error: BaseException, planned: float) -> float:
+    """As many as planned, or as the server asks for, within reason."""
+    for cause in chain(error):
+        asked = getattr(getattr(cause, "response", None), "headers", {}).get("retry-after", "")
+        if asked.isdigit():
+            return max(planned, min(float(asked), _LONGEST_WAIT))
+    return planned
 
 
 def is_transient(error: BaseException) -> bool:
@@ -163,14 +171,6 @@ def _status(error: BaseException) -> int | None:
 
 def _first_status(error: BaseException) -> int | None:
     return next((status for cause in chain(error) if (status := _status(cause)) is not None), None)
-
-
-def _retry_after(error: BaseException) -> float:
-    for cause in chain(error):
-        asked = getattr(getattr(cause, "response", None), "headers", {}).get("retry-after", "")
-        if asked.isdigit():
-            return float(asked)
-    return 0.0
 
 
 def _title(status: int | None) -> str:

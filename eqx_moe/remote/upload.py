@@ -21,7 +21,17 @@ from typing import Any
 from eqx_moe.checkpoint.shards import changed_while_reading
 from eqx_moe.checkpoint.writer import is_ours, write_file
 from eqx_moe.errors import CheckpointError
-from eqx_moe.remote.client import TIMEOUT, WAITS, api, explain, is_conflict, is_repo, is_transient, retrying
+from eqx_moe.remote.client import (
+    TIMEOUT,
+    WAITS,
+    api,
+    explain,
+    is_conflict,
+    is_repo,
+    is_transient,
+    retrying,
+    seconds_to_wait,
+)
 
 #: Bytes, a file, or a function that gives the bytes of a file that is large.
 Content = bytes | pathlib.Path | Callable[[], Iterable[bytes | memoryview]]
@@ -182,7 +192,8 @@ class _Commit:
                     return holder
                 if is_conflict(error) or wait is None:
                     raise
-            time.sleep(wait)
+                pause = seconds_to_wait(error, wait)
+            time.sleep(pause)
         raise AssertionError
 
     def holder(self, info: Any) -> str | None:
