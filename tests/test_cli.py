@@ -60,7 +60,7 @@ print(statuses, "jax" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.rstrip().endswith("[0, 0, 0, 0, 0] False"), done.stderr
-    assert done.stdout.count("examples:\n  eqx-moe") == 3
+    assert done.stdout.count("examples:\n  eqx-moe") == 4
 
 
 @pytest.mark.parametrize(
