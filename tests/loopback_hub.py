@@ -23,7 +23,8 @@ from typing import Any
 
 @dataclasses.dataclass
 class Fault:
-    """Something that goes wrong with the next `times` requests whose "METHOD /path" `pattern` is found in.
+    """Something that goes wrong with the next `times` requests whose "METHOD /path", and range if one is asked for,
+    `pattern` is found in.
 
     `kind`: "status" (answers `status` with `headers`), "reset" (a TCP reset before the answer), "cut" (the answer ends
     after `at` bytes), "cut-reset" (the same with a TCP reset), "flip" (a bit of the body is another), "lost" (what was
@@ -177,13 +178,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.query = urllib.parse.parse_qs(parts.query)
         path = urllib.parse.unquote(parts.path)
         body = self.read_body()
+        request = " ".join([self.command, path, *filter(None, [self.headers.get("Range")])])
         with hub.lock:
-            hub.requests.append(f"{self.command} {path}")
+            hub.requests.append(request)
             others = {k: v for k, v in self.headers.items() if k.lower() != "authorization"}
             hub.sent.append(f"{self.path} {others}".encode() + body)
             if self.server.is_storage and "Authorization" in self.headers:
                 hub.leaks.append(f"{self.command} {path}")
-        fault = hub.next_fault(f"{self.command} {path}")
+        fault = hub.next_fault(request)
         if fault is not None and callable(fault.kind):
             fault.kind(hub)
             fault = None

@@ -158,6 +158,29 @@ def test_a_sharded_model_is_pushed_from_its_devices(hub, models, tmp_path):
     }
 
 
+def test_only_the_first_process_uploads(hub, models, monkeypatch):
+    """What another process does: its part in gathering each shard, and waiting for the first."""
+    from eqx_moe import push as module
+
+    gathered, synced = [], []
+    files = module.weight_files
+
+    def counted(*args, **options):
+        return {
+            name: lambda name=name, content=content: (gathered.append(name), *content())[1:]
+            for name, content in files(*args, **options).items()
+        }
+
+    monkeypatch.setattr(module, "weight_files", counted)
+    monkeypatch.setattr(module, "is_of_one_process", lambda leaves: False)
+    monkeypatch.setattr(module.multihost_utils, "sync_global_devices", synced.append)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert push(models[0]) == "" and set(gathered) == SHARDS and len(synced) == 1
+    assert not hub.requests
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    assert push(models[0]) and len(synced) == 2 and hub.commits == 1
+
+
 def test_wrong_arguments_come_before_any_request(hub, models):
     for repo in (
         "tiny",
