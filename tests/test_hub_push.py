@@ -276,7 +276,17 @@ def expected(hub, before, after) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind, times", [*((kind, 1) for kind in KINDS), ("status", 4), ("wait", 1)])
+@pytest.mark.parametrize(
+    "kind, times",
+    [
+        ("status", 4),
+        ("wait", 1),
+        ("reset", 1),
+        ("lost", 1),
+        pytest.param("status", 1, marks=pytest.mark.full),
+        pytest.param("cut", 1, marks=pytest.mark.full),
+    ],
+)
 def test_faults_that_pass_are_survived(hub, models, before, after, stage, kind, times):
     hub.requests.clear()
     options = dict(status=429, headers={"Retry-After": "6"}) if kind == "wait" else dict(status=503)
