@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from eqx_moe.models import with_options as with_options
     from eqx_moe.nn.decoder import Decoder as Decoder
     from eqx_moe.nn.decoder import Output as Output
+    from eqx_moe.push import push_to_hub as push_to_hub
 
 # The same list for run time; a test holds the two together. "eqx_moe" stands for a subpackage.
 _PUBLIC = {
@@ -69,6 +70,7 @@ _PUBLIC = {
     "with_options": "eqx_moe.models",
     "Decoder": "eqx_moe.nn.decoder",
     "Output": "eqx_moe.nn.decoder",
+    "push_to_hub": "eqx_moe.push",
 }
 
 if os.environ.get("EQX_MOE_TYPECHECK") == "1":

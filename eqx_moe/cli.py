@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
             'eqx-moe generate MODEL --prompt "Once" --max-new-tokens 200 --temperature 0.8 --top-p 0.95 --seed 3',
         ],
     )
-    generate.add_argument("model", metavar="MODEL", help="a checkpoint folder")
+    generate.add_argument("model", metavar="MODEL", help="a checkpoint folder, or a repo on the Hub")
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
     generate.add_argument(
         "--max-new-tokens", type=_positive, default=64, metavar="N", help="at most so many (%(default)s)"
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
             "eqx-moe finetune MODEL --data a.jsonl b.jsonl --out tuned --steps 500 --lr 1e-5 --batch-size 16",
         ],
     )
-    finetune.add_argument("model", metavar="MODEL", help="a checkpoint folder")
+    finetune.add_argument("model", metavar="MODEL", help="a checkpoint folder, or a repo on the Hub")
     finetune.add_argument(
         "--data",
         nargs="+",
@@ -157,6 +157,20 @@ def _parser() -> argparse.ArgumentParser:
         "--seq", type=_at_least_two, metavar="N", help="tokens a row (512, or as many as the model has positions)"
     )
     finetune.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the order of the data (%(default)s)")
+
+    push = _command(
+        commands,
+        "push",
+        _push,
+        "Upload a checkpoint folder to the Hub, in one commit. Running it again sends what is missing.",
+        [
+            "eqx-moe push tuned/model your-name/your-model",
+            "eqx-moe push tuned/model your-name/your-model --private",
+        ],
+    )
+    push.add_argument("folder", metavar="DIR", help="a checkpoint folder")
+    push.add_argument("repo", metavar="REPO_ID", help="your-name/your-model; made if it is not there")
+    push.add_argument("--private", action="store_true", help="if the repo is made, make it a private one")
     return parser
 
 
@@ -404,6 +418,15 @@ def _nothing_half_made(target: pathlib.Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
+
+
+def _push(args: argparse.Namespace) -> None:
+    from eqx_moe.push import push_folder
+
+    address, left_out = push_folder(args.folder, args.repo, private=True if args.private else None)
+    print(f"pushed to {address}")
+    if left_out:
+        print(f"not part of a model, and left out: {', '.join(map(_cell, left_out))}")
 
 
 if __name__ == "__main__":

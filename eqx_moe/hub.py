@@ -1,7 +1,8 @@
-"""Models in and out of Hugging Face folders: joins the families with the checkpoint format.
+"""Models in and out of Hugging Face folders and repos: joins the families with the checkpoint format.
 
 A folder holds config.json, model.safetensors (or shards with an index), and as a rule generation_config.json and
-tokenizer.json. This version reads and writes local folders; the arguments that speak of the Hub are there for it.
+tokenizer.json; so does a repo on the Hub. Where a function takes either, a folder that is there is the folder, and
+another string "org/name" is a repo.
 """
 
 import collections
@@ -11,6 +12,7 @@ import logging
 import os
 import pathlib
 import warnings
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -18,33 +20,57 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
-from eqx_moe.checkpoint.dtypes import weight_dtype
+from eqx_moe.checkpoint.dtypes import WEIGHT_DTYPES, weight_dtype
 from eqx_moe.checkpoint.files import exists, listing
 from eqx_moe.checkpoint.jsonfile import read_json
-from eqx_moe.checkpoint.names import leaf_paths, replace_leaves
+from eqx_moe.checkpoint.matching import match
+from eqx_moe.checkpoint.names import Name, leaf_paths, replace_leaves
 from eqx_moe.checkpoint.reader import load_leaves
+from eqx_moe.checkpoint.shards import Stored
 from eqx_moe.checkpoint.writer import save_leaves
 from eqx_moe.errors import CheckpointError, quote
 from eqx_moe.execution import AbstractExecution
 from eqx_moe.family.generation_config import generation_config_to_json, parse_generation_config
-from eqx_moe.models import config_to_json, family_of, parse_config, plan_sharding, skeleton, unstack
+from eqx_moe.models import (
+    config_to_json,
+    family_of,
+    parse_config,
+    plan_sharding,
+    skeleton,
+    unstack,
+)
 from eqx_moe.nn.decoder import Decoder
+from eqx_moe.remote.client import is_repo
+from eqx_moe.remote.download import Snapshot, open_snapshot
+from eqx_moe.remote.space import check_memory, gigabytes, memory_needs
 
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
-_TOKENIZER, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+_TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 # With tied embeddings some writers store the head all the same.
 _TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
 
 _log = logging.getLogger("eqx_moe")
 
 
-def load_config(folder: str | os.PathLike) -> Any:
-    """The config of a folder's model: the dataclass of its family, from config.json.
+def load_config(
+    repo_or_folder: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+) -> Any:
+    """The config of a model: the dataclass of its family, from config.json. The options are `from_pretrained`'s.
 
     Raises:
-        CheckpointError: CFG-* codes, see `eqx_moe.errors`.
+        CheckpointError: CFG-* and HUB-* codes, see `eqx_moe.errors`.
     """
-    file = _folder(folder, "loading a config") / _CONFIG
+    source = _source(repo_or_folder, "loading a config", revision, token, cache_dir, local_files_only)
+    return read_config(_fetch(source, _CONFIG))
+
+
+def read_config(folder: pathlib.Path) -> Any:
+    file = folder / _CONFIG
     if not exists(file):
         raise CheckpointError(
             code="CFG-MISSING",
@@ -57,14 +83,22 @@ def load_config(folder: str | os.PathLike) -> Any:
     return parse_config(read_json(file, "config", doing="loading a config"), str(file))
 
 
-def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a folder, from tokenizer.json.
+def load_tokenizer(
+    repo_or_folder: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+) -> Tokenizer:
+    """The tokenizer of a model, from tokenizer.json. The options are `from_pretrained`'s.
 
     Raises:
-        CheckpointError: TOK-* codes, see `eqx_moe.errors`. Among them: added tokens whose ids the tokenizers library
-            assigns otherwise than the file, which it does without a word if they leave a gap or clash.
+        CheckpointError: TOK-* and HUB-* codes, see `eqx_moe.errors`. Among them: added tokens whose ids the tokenizers
+            library assigns otherwise than the file, which it does without a word if they leave a gap or clash.
     """
-    file = _folder(folder, "loading a tokenizer") / _TOKENIZER
+    source = _source(repo_or_folder, "loading a tokenizer", revision, token, cache_dir, local_files_only)
+    file = _fetch(source, _TOKENIZER) / _TOKENIZER
 
     def refuse(code: str, expected: str, found: str, fix: str, item: str = "") -> NoReturn:
         raise CheckpointError(
@@ -82,12 +116,12 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     except BaseException as error:  # A panic of the Rust code is no Exception.
         found = quote(str(error))
         refuse("TOK-LOAD", "a tokenizer that the tokenizers library loads", found, "download the file again")
-    for token in data.get("added_tokens") or ():
-        found = tokenizer.token_to_id(token["content"])
-        if found != token["id"] or tokenizer.id_to_token(token["id"]) != token["content"]:
-            expected = f"the id {token['id']}, as the file says"
+    for added in data.get("added_tokens") or ():
+        found = tokenizer.token_to_id(added["content"])
+        if found != added["id"] or tokenizer.id_to_token(added["id"]) != added["content"]:
+            expected = f"the id {added['id']}, as the file says"
             fix = "number the added tokens without gaps, after the vocabulary"
-            refuse("TOK-ADDED", expected, f"{found} once loaded", fix, token["content"])
+            refuse("TOK-ADDED", expected, f"{found} once loaded", fix, added["content"])
     return tokenizer
 
 
@@ -98,42 +132,51 @@ def from_pretrained(
     mesh: Mesh | None = None,
     execution: str | AbstractExecution | None = None,
     revision: str | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
 ) -> Decoder:
-    """A model with the weights, the config and the generation config of a folder.
+    """A model with the weights, the config and the generation config of a folder, or of a repo on the Hub.
 
-    Everything is checked before weights are read: no tensor is made up, none is dropped unless its family says why.
+    Everything is checked before weights are read: no tensor is made up, none is dropped unless its family says why. The
+    same is checked before a repo's weights are downloaded, and that disk and memory suffice. What was downloaded is
+    held against the Hub's hashes.
 
     Args:
-        repo_or_folder: a local folder.
+        repo_or_folder: a local folder, or the name of a repo, "org/name".
         dtype: "auto" keeps every tensor as it is stored; a float dtype or its name casts all but those that the family
             keeps in float32; None is "auto" on an accelerator and float32 on a CPU.
         mesh: the devices to spread the weights over, see `eqx_moe.sharding`. The host holds a leaf at a time, and no
             device more than its parts. In a program of several processes all call this, each with the folder at hand.
         execution: how MoE blocks run: None picks the dropless one for the platform; see `eqx_moe.execution`.
-        revision, token, cache_dir, local_files_only: for names on the Hub; a local folder has no use for them.
+        revision: of a repo: a branch, a tag or a commit; None is main. A commit that is in the cache needs no network.
+        token: of a repo: what to log in with; None is the login of `hf auth login` or HF_TOKEN, False is none.
+        cache_dir: of a repo: where downloads are kept; None is the cache that Hugging Face libraries share.
+        local_files_only: of a repo: take what the cache has, and ask nobody.
 
     Raises:
         CheckpointError: something is wrong with the files; its `code` says what, see `eqx_moe.errors`.
         ValueError: an argument is wrong.
     """
-    folder = _folder(repo_or_folder, "loading a model")
-    config = load_config(folder)
+    source = _source(repo_or_folder, "loading a model", revision, token, cache_dir, local_files_only)
+    folder = _fetch(source, _CONFIG, _GENERATION)
+    config = read_config(folder)
     family = family_of(config)
+    named = _dtype_to_load(dtype)
     model = skeleton(config, mesh=mesh, execution=execution)
     generation_config = model.generation_config
     if exists(folder / _GENERATION):
         data = read_json(folder / _GENERATION, "generation config", doing="loading a generation config")
         generation_config = parse_generation_config(data, str(folder / _GENERATION), config)
+    if isinstance(source, Snapshot):
+        source.fetch_weights(lambda stored: _preview(stored, source, config, named, mesh))
     leaves = load_leaves(
         folder,
         leaf_paths(model),
         family.names(config),
         skipped=family.skipped,
         tied=_TIED if config.tie_word_embeddings else (),
-        dtype=_dtype_to_load(dtype),
+        dtype=named,
         keep_fp32=family.keep_fp32,
         shardings=None if mesh is None else plan_sharding(model, mesh).shardings,
     )
@@ -165,47 +208,117 @@ def save_pretrained(
         ValueError: an argument is wrong; the weights do not have the shapes of `model.config`.
         CheckpointError: the folder cannot be one; a value does not fit in `dtype`.
     """
+    model, names, keep_fp32 = to_write(model, layout)
+    save_leaves(
+        folder,
+        leaf_paths(model),
+        names,
+        max_shard_size=max_shard_size,
+        dtype=None if dtype is None else weight_dtype(dtype).name,
+        keep_fp32=keep_fp32,
+        other_files=small_files(model, tokenizer, dtype, pathlib.Path(folder)),
+    )
+
+
+def to_write(model: Decoder, layout: str) -> tuple[Decoder, tuple[Name, ...], tuple[str, ...]]:
+    """The model with its layers apart, the name table of the layout, and what is written in float32 in any case."""
     model = unstack(model)
-    config = model.config
-    family = family_of(config)
-    layouts = family.names(config)
+    family = family_of(model.config)
+    layouts = family.names(model.config)
     if layout not in layouts:
         raise ValueError(f"`layout` must be one of {sorted(layouts)}; got {layout!r}.")
-    leaves = leaf_paths(model)
-    _check_shapes(leaves, leaf_paths(skeleton(config)))
+    _check_shapes(leaf_paths(model), leaf_paths(skeleton(model.config)))
+    return model, layouts[layout], family.keep_fp32
+
+
+def small_files(
+    model: Decoder, tokenizer: Tokenizer | None, dtype: DTypeLike | None, earlier: pathlib.Path | None
+) -> dict[str, bytes]:
+    """What stands beside the weights; `earlier` is a folder that may have a tokenizer_config.json to go on from."""
     files = {_GENERATION: _json(generation_config_to_json(model.generation_config))}
     if tokenizer is not None:
         files |= {
             _TOKENIZER: tokenizer.to_str(pretty=True).encode(),
-            _TOKENIZER_CONFIG: _json(_tokenizer_config(tokenizer, model, pathlib.Path(folder))),
+            TOKENIZER_CONFIG: _json(_tokenizer_config(tokenizer, model, earlier)),
         }
-    files[_CONFIG] = _json(config_to_json(config, _dtype_to_save(leaves, dtype, config.dtype)))
-    save_leaves(
-        folder,
-        leaves,
-        layouts[layout],
-        max_shard_size=max_shard_size,
-        dtype=None if dtype is None else weight_dtype(dtype).name,
-        keep_fp32=family.keep_fp32,
-        other_files=files,
+    saved = dtype_to_save(leaf_paths(model), dtype, model.config.dtype)
+    files[_CONFIG] = _json(config_to_json(model.config, saved))
+    return files
+
+
+def _source(
+    where: str | os.PathLike,
+    doing: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | os.PathLike | None,
+    local_files_only: bool,
+) -> pathlib.Path | Snapshot:
+    """The folder, or the commit of a repo on the Hub, that a user's text stands for."""
+    if not isinstance(where, str) or not is_repo(where) or exists(pathlib.Path(where)):
+        return local_folder(where, doing, 'a local folder, or the name "org/name" of a repo on the Hub')
+    return open_snapshot(
+        where,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        doing=f"{doing} from the Hub, as there is no folder of that name",
     )
 
 
-def _folder(folder: str | os.PathLike, doing: str) -> pathlib.Path:
+def _fetch(source: pathlib.Path | Snapshot, *names: str) -> pathlib.Path:
+    return source if isinstance(source, pathlib.Path) else source.fetch(*names)
+
+
+def local_folder(folder: str | os.PathLike, doing: str, expected: str = "a local folder") -> pathlib.Path:
     if not os.path.isdir(folder):
         there = exists(pathlib.Path(folder))
         raise CheckpointError(
             code="CFG-FOLDER",
             doing=doing,
             file=str(folder),
-            expected="a local folder",
+            expected=expected,
             found="something else under that name" if there else "nothing of that name",
-            fix="give the folder that the file lies in"
-            if there
-            else "give a local folder; this version does not download from the Hub by itself: "
-            "`hf download ORG/NAME --local-dir FOLDER` does",
+            fix="give the folder that the file lies in" if there else "check the name",
         )
     return pathlib.Path(folder)
+
+
+def match_weights(stored: Mapping[str, Stored], folder: pathlib.Path, config: Any, *, one_dtype: bool) -> None:
+    """Refuses tensors that are not those of the config's model, from their headers alone."""
+    family = family_of(config)
+    match(
+        folder,
+        leaf_paths(skeleton(config)),
+        family.names(config),
+        stored,
+        skipped=family.skipped,
+        tied=_TIED if config.tie_word_embeddings else (),
+        one_dtype=one_dtype,
+    )
+
+
+def dtype_of_most(stored: Mapping[str, Stored]) -> str:
+    """The dtype of most bytes."""
+    sizes: collections.Counter[str] = collections.Counter()
+    for tensor in stored.values():
+        sizes[tensor.entry.dtype] += tensor.entry.stop - tensor.entry.start
+    return WEIGHT_DTYPES[sizes.most_common(1)[0][0]].name
+
+
+def _preview(stored: Mapping[str, Stored], source: Snapshot, config: Any, dtype: str, mesh: Mesh | None) -> str:
+    """Refuses a model that would not load, or not fit; says what it will be in memory."""
+    match_weights(stored, source.folder, config, one_dtype=dtype == "auto")
+    dtype = dtype_of_most(stored) if dtype == "auto" else dtype
+    model = skeleton(config, dtype=dtype)
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaf_paths(model).values()]
+    if mesh is None:
+        devices, each = jax.local_devices()[:1], sum(sizes)
+    else:
+        devices, each = mesh.local_devices, plan_sharding(model, mesh).bytes_per_device
+    check_memory(memory_needs(devices, each, max(sizes)), source.doing, source.repo)
+    return f"{gigabytes(sum(sizes))} of {dtype}, {gigabytes(each)} on each of {len(devices)} devices here"
 
 
 def _dtype_to_load(dtype: DTypeLike | None) -> str:
@@ -220,7 +333,7 @@ def _dtype_to_load(dtype: DTypeLike | None) -> str:
     return "auto" if isinstance(dtype, str) and dtype == "auto" else weight_dtype(dtype).name
 
 
-def _dtype_to_save(leaves: dict[str, jax.Array], dtype: DTypeLike | None, loaded: str | None) -> str:
+def dtype_to_save(leaves: dict[str, jax.Array], dtype: DTypeLike | None, loaded: str | None) -> str:
     """What config.json says: the dtype of most bytes."""
     if dtype is not None:
         return weight_dtype(dtype).name
@@ -232,7 +345,7 @@ def _dtype_to_save(leaves: dict[str, jax.Array], dtype: DTypeLike | None, loaded
         warnings.warn(
             f"Saving in {held}, as the weights are in memory; config.json says that they were {loaded}. Pass "
             f'dtype="{loaded}" for files of half the size.',
-            stacklevel=3,
+            stacklevel=4,
         )
     return held
 
@@ -247,12 +360,12 @@ def _check_shapes(leaves: dict[str, Any], expected: dict[str, Any]) -> None:
             )
 
 
-def _tokenizer_config(tokenizer: Tokenizer, model: Decoder, folder: pathlib.Path) -> dict[str, Any]:
+def _tokenizer_config(tokenizer: Tokenizer, model: Decoder, folder: pathlib.Path | None) -> dict[str, Any]:
     """What transformers needs to make its own tokenizer of tokenizer.json, over what the folder's file says already."""
     ids = generation_config_to_json(model.generation_config)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.max_position_embeddings}
-    if exists(folder / _TOKENIZER_CONFIG):
-        config |= read_json(folder / _TOKENIZER_CONFIG, "tokenizer config", doing="saving a tokenizer")
+    if folder is not None and exists(folder / TOKENIZER_CONFIG):
+        config |= read_json(folder / TOKENIZER_CONFIG, "tokenizer config", doing="saving a tokenizer")
     for name in ("bos", "eos", "pad"):
         value = ids.get(f"{name}_token_id")
         token = None if value is None else tokenizer.id_to_token(value[0] if isinstance(value, list) else value)

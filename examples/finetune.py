@@ -3,8 +3,9 @@
     python examples/finetune.py examples/assets/shakespeare-moe --data examples/data/christmas-carol.txt --out tuned
     python examples/finetune.py path/to/Mixtral --data notes.jsonl --out tuned --steps 500 --lr 1e-5 --seq 1024
 
-SRC is a folder in the Hugging Face layout. DATA is .txt (a file is a document) or .jsonl (a line is an object with a
-"text"). `eqx_moe.train.fit` and `eqx-moe finetune` do the same in one call; this file is for reading and changing.
+SRC is a folder in the Hugging Face layout, or a repo "org/name" on the Hub; --push uploads the result to one. DATA is
+.txt (a file is a document) or .jsonl (a line is an object with a "text"). `eqx_moe.train.fit` and `eqx-moe finetune` do
+the same in one call; this file is for reading and changing.
 """
 
 import argparse
@@ -22,9 +23,10 @@ from eqx_moe import train
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SRC", help="a checkpoint folder")
+    parser.add_argument("source", metavar="SRC", help="a checkpoint folder, or the name of a repo on the Hub")
     parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help=".txt or .jsonl files")
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="where the new checkpoint goes")
+    parser.add_argument("--push", metavar="REPO", help="your-name/your-model: also upload it to the Hub")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, default=3e-4, help="the highest learning rate (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows a step (%(default)s)")
@@ -83,6 +85,13 @@ def main() -> None:
 
     # 6. Back to a Hugging Face folder, in the dtype that the checkpoint came in.
     eqx_moe.save_pretrained(model, args.out, tokenizer=tokenizer, dtype=model.config.dtype)
+
+    if args.push:
+        base = None if pathlib.Path(args.source).is_dir() else args.source
+        print(
+            "pushed to",
+            eqx_moe.push_to_hub(model, args.push, tokenizer=tokenizer, dtype=model.config.dtype, base_model=base),
+        )
 
     # 7. What came of it.
     prompt = documents[0][: args.seq // 4].tolist()

@@ -43,3 +43,30 @@ def data() -> pathlib.Path:
     if not os.environ.get("EQX_MOE_DATA"):
         pytest.skip("EQX_MOE_DATA is not set: it names a folder with the larger texts")
     return pathlib.Path(os.environ["EQX_MOE_DATA"])
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on this machine, to which the client in this process talks, with a cache of its own. Waiting is cut short:
+    `hub.naps` has the seconds that were asked for."""
+    import time
+
+    import loopback_hub
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    nap, naps = time.sleep, []
+    with loopback_hub.serve() as hub:
+        hub.naps = naps
+        hub.connect(monkeypatch.setattr)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 256)  # Parts of small files arrive too.
+        monkeypatch.setattr(time, "sleep", lambda seconds: (naps.append(seconds), nap(min(seconds, 0.002))))
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
+            monkeypatch.delenv(name, raising=False)
+        close_session()
+        yield hub
+        close_session()
+        assert not hub.leaks, "a token was sent to the storage"

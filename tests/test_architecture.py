@@ -11,7 +11,7 @@ import eqx_moe
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "eqx_moe"
 FILES = sorted(PACKAGE.rglob("*.py"))
-FAMILY_FREE = ("nn", "kernels", "execution", "checkpoint")
+FAMILY_FREE = ("nn", "kernels", "execution", "checkpoint", "remote")
 FOREIGN = {"torch", "transformers", "convert"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 

@@ -55,12 +55,12 @@ def test_help_loads_no_jax():
 import sys
 from typing import Any
 from eqx_moe.cli import main
-statuses = [main([*command, "--help"]) for command in ([], ["inspect"], ["generate"], ["finetune"])]
+statuses = [main([*command, "--help"]) for command in ([], ["inspect"], ["generate"], ["finetune"], ["push"])]
 print(statuses, "jax" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.rstrip().endswith("[0, 0, 0, 0] False"), done.stderr
-    assert done.stdout.count("examples:\n  eqx-moe") == 3
+    assert done.stdout.rstrip().endswith("[0, 0, 0, 0, 0] False"), done.stderr
+    assert done.stdout.count("examples:\n  eqx-moe") == 4
 
 
 @pytest.mark.parametrize(

@@ -53,15 +53,18 @@ def test_quickstart(example, folder, tmp_path):
     assert not list((out_folder / "model").glob("*index*"))
 
 
-def test_finetune(example, folder, tmp_path):
+def test_finetune(example, folder, tmp_path, hub):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in tiny.TEXT.splitlines() if line))
     arguments = ["--data", text, "--out", tmp_path / "out", "--steps", 20, "--lr", 1e-2, "--seq", 32]
-    _, out = example("finetune", folder, *arguments)
+    _, out = example("finetune", folder, *arguments, "--push", "org/tuned")
     first, last = (float(part.split()[-1]) for part in out.splitlines()[0].split(" in the ")[:2])
     assert last < first - 0.3
     assert eqx_moe.load_config(tmp_path / "out").dtype == "bfloat16"
     tuned = eqx_moe.from_pretrained(tmp_path / "out")
+    assert f"pushed to {hub.url}/org/tuned/commit/" in out
+    pushed = hub.repos["org/tuned"].files()
+    assert all(pushed[file.name] == file.read_bytes() for file in (tmp_path / "out").iterdir())
     assert not np.array_equal(tuned.embed.weight, eqx_moe.from_pretrained(folder).embed.weight)
 
 

@@ -9,6 +9,7 @@ import pathlib
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -58,17 +59,9 @@ def save_leaves(
         CheckpointError: CFG-FOLDER if the folder cannot be one; ST-RANGE if a value does not fit in `dtype`.
         OSError: the disk is full, or the like; an earlier model in the folder then still stands.
     """
-    limit = parse_size(max_shard_size)
-    tensors = plan(names, leaves)
-    odd = [path for path, leaf in leaves.items() if leaf.dtype not in FORMAT_NAMES]
-    if odd:
-        raise ValueError(
-            f"Weights are {', '.join(map(str, FORMAT_NAMES))}; the leaf {odd[0]!r} is {leaves[odd[0]].dtype}."
-        )
-    named = None if dtype is None else weight_dtype(dtype)
-    dtypes = {path: target_dtype(path, leaf.dtype, named, keep_fp32) for path, leaf in leaves.items()}
-    shards = plan_shards(tensors, dtypes, limit)
-
+    contents = weight_files(
+        leaves, names, max_shard_size=max_shard_size, dtype=dtype, keep_fp32=keep_fp32, place=str(folder)
+    )
     folder = pathlib.Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,15 +75,9 @@ def save_leaves(
             fix="give another name",
         ) from error
 
-    contents: dict[str, Callable[[], Iterable[bytes | memoryview]]] = {
-        shard: functools.partial(_shard, group, leaves, dtypes, str(folder / shard)) for shard, group in shards.items()
-    }
-    small = dict(other_files or {})
-    if SINGLE not in shards:
-        small[INDEX] = _index(shards, dtypes)
-    contents |= {name: lambda content=content: (content,) for name, content in small.items()}
-    stale = [entry.name for entry in folder.iterdir() if _OURS.fullmatch(entry.name) and entry.name not in contents]
-    if all(leaf.is_fully_addressable for leaf in leaves.values() if isinstance(leaf, jax.Array)):
+    contents |= {name: lambda content=content: (content,) for name, content in (other_files or {}).items()}
+    stale = [entry.name for entry in folder.iterdir() if is_ours(entry.name) and entry.name not in contents]
+    if is_of_one_process(leaves):
         _replace_all(folder, contents, stale)
         return
     if jax.process_index() == 0:
@@ -100,6 +87,48 @@ def save_leaves(
         for content in contents.values():
             collections.deque(content(), maxlen=0)
     multihost_utils.sync_global_devices("eqx_moe.save_leaves")
+
+
+def weight_files(
+    leaves: Mapping[str, Float[Array | np.ndarray, "..."]],
+    names: tuple[Name, ...],
+    *,
+    max_shard_size: int | str,
+    dtype: str | None,
+    keep_fp32: tuple[str, ...],
+    place: str,
+) -> dict[str, Callable[[], Iterable[bytes | memoryview]]]:
+    """The files of weights of a model by name, shards and then the index, each as a function that gives its bytes.
+
+    `place` stands for where they go, in errors; the other arguments and the errors are those of `save_leaves`.
+    """
+    limit = parse_size(max_shard_size)
+    tensors = plan(names, leaves)
+    odd = [path for path, leaf in leaves.items() if leaf.dtype not in FORMAT_NAMES]
+    if odd:
+        raise ValueError(
+            f"Weights are {', '.join(map(str, FORMAT_NAMES))}; the leaf {odd[0]!r} is {leaves[odd[0]].dtype}."
+        )
+    named = None if dtype is None else weight_dtype(dtype)
+    dtypes = {path: target_dtype(path, leaf.dtype, named, keep_fp32) for path, leaf in leaves.items()}
+    shards = plan_shards(tensors, dtypes, limit)
+    contents: dict[str, Callable[[], Iterable[bytes | memoryview]]] = {
+        shard: functools.partial(_shard, group, leaves, dtypes, f"{place}/{shard}") for shard, group in shards.items()
+    }
+    if SINGLE not in shards:
+        index = _index(shards, dtypes)
+        contents[INDEX] = lambda: (index,)
+    return contents
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of that name would be part of a model's weights."""
+    return _OURS.fullmatch(name) is not None
+
+
+def is_of_one_process(leaves: Mapping[str, Any]) -> bool:
+    """Whether this process can read all leaves by itself."""
+    return all(leaf.is_fully_addressable for leaf in leaves.values() if isinstance(leaf, jax.Array))
 
 
 def parse_size(size: int | str) -> int:
@@ -241,7 +270,7 @@ def _replace_all(
     temporary = {name: folder / f".{name}.{secrets.token_hex(8)}.tmp" for name in contents}
     try:
         for name, content in contents.items():
-            _write(temporary[name], content())
+            write_file(temporary[name], content())
         (folder / _CONFIG).unlink(missing_ok=True)
         _sync(folder)
         for name in contents:
@@ -258,7 +287,8 @@ def _replace_all(
             path.unlink(missing_ok=True)
 
 
-def _write(path: pathlib.Path, content: Iterable[bytes | memoryview]) -> None:
+def write_file(path: pathlib.Path, content: Iterable[bytes | memoryview]) -> None:
+    """Writes a new file and syncs it."""
     # 0o666: the mode is the umask's to decide, as for any file that a program writes.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     with open(os.open(path, flags, 0o666), "wb") as file:
