@@ -40,7 +40,7 @@ def temporary(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def models():
-    return tiny.model(seed=3), tiny.drawn(4)
+    return tiny.model(seed=3), tiny.model(seed=4)
 
 
 def push(model, **options) -> str:
