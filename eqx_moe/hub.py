@@ -20,12 +20,14 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
+from eqx_moe.checkpoint.checksums import CHECKSUMS
 from eqx_moe.checkpoint.dtypes import WEIGHT_DTYPES, weight_dtype
 from eqx_moe.checkpoint.files import exists, listing
 from eqx_moe.checkpoint.jsonfile import read_json
 from eqx_moe.checkpoint.matching import match
 from eqx_moe.checkpoint.names import Name, leaf_paths, replace_leaves
 from eqx_moe.checkpoint.reader import load_leaves
+from eqx_moe.checkpoint.replacing import finish_replacing
 from eqx_moe.checkpoint.shards import Stored
 from eqx_moe.checkpoint.writer import save_leaves
 from eqx_moe.errors import CheckpointError, quote
@@ -48,6 +50,8 @@ _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 # With tied embeddings some writers store the head all the same.
 _TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
+# A router with a NaN in it still routes, somehow.
+_ROUTERS = ("layers.{l}.moe.router.weight",)
 
 _log = logging.getLogger("eqx_moe")
 
@@ -131,6 +135,7 @@ def from_pretrained(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     execution: str | AbstractExecution | None = None,
+    verify: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -149,6 +154,9 @@ def from_pretrained(
         mesh: the devices to spread the weights over, see `eqx_moe.sharding`. The host holds a leaf at a time, and no
             device more than its parts. In a program of several processes all call this, each with the folder at hand.
         execution: how MoE blocks run: None picks the dropless one for the platform; see `eqx_moe.execution`.
+        verify: reads every byte and holds it against the checksums in eqx_moe.json that `save_pretrained` wrote; all
+            values must be finite. Without it only norms, biases and routers are looked at, and a large tensor that lies
+            in its file as the model wants it is mapped, not read (Linux, local disk): do not write into the file then.
         revision: of a repo: a branch, a tag or a commit; None is main. A commit that is in the cache needs no network.
         token: of a repo: what to log in with; None is the login of `hf auth login` or HF_TOKEN, False is none.
         cache_dir: of a repo: where downloads are kept; None is the cache that Hugging Face libraries share.
@@ -159,7 +167,7 @@ def from_pretrained(
         ValueError: an argument is wrong.
     """
     source = _source(repo_or_folder, "loading a model", revision, token, cache_dir, local_files_only)
-    folder = _fetch(source, _CONFIG, _GENERATION)
+    folder = _fetch(source, _CONFIG, _GENERATION, *([CHECKSUMS] if verify else []))
     config = read_config(folder)
     family = family_of(config)
     named = _dtype_to_load(dtype)
@@ -178,6 +186,8 @@ def from_pretrained(
         tied=_TIED if config.tie_word_embeddings else (),
         dtype=named,
         keep_fp32=family.keep_fp32,
+        finite=_ROUTERS,
+        verify=verify,
         shardings=None if mesh is None else plan_sharding(model, mesh).shardings,
     )
     return dataclasses.replace(replace_leaves(model, leaves), generation_config=generation_config)
@@ -282,6 +292,7 @@ def local_folder(folder: str | os.PathLike, doing: str, expected: str = "a local
             found="something else under that name" if there else "nothing of that name",
             fix="give the folder that the file lies in" if there else "check the name",
         )
+    finish_replacing(pathlib.Path(folder))
     return pathlib.Path(folder)
 
 

@@ -9,6 +9,7 @@ from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
+from eqx_moe.checkpoint.checksums import CHECKSUMS
 from eqx_moe.checkpoint.dtypes import weight_dtype
 from eqx_moe.checkpoint.files import exists, open_plain
 from eqx_moe.checkpoint.names import leaf_paths
@@ -33,7 +34,7 @@ from eqx_moe.remote.upload import Content, check_push, push
 
 _DOING = "pushing a model"
 # What goes to the Hub with the weights of a folder, if it is there.
-_BESIDE = (INDEX, "config.json", "generation_config.json", "chat_template.jinja", "README.md")
+_BESIDE = (INDEX, CHECKSUMS, "config.json", "generation_config.json", "chat_template.jinja", "README.md")
 _BESIDE += ("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
 _BESIDE += ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
 _BESIDE += ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")

@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from eqx_moe.checkpoint.shards import changed_while_reading
-from eqx_moe.checkpoint.writer import is_ours, write_file
+from eqx_moe.checkpoint.checksums import CHECKSUMS
+from eqx_moe.checkpoint.shards import WEIGHTS, changed_while_reading
 from eqx_moe.errors import CheckpointError
 from eqx_moe.remote.client import (
     TIMEOUT,
@@ -96,7 +96,8 @@ def push(
         for path, state in states.items():
             if _state(path) != state:
                 changed_while_reading(str(path))
-        gone = {name for name in present if is_ours(name) and name not in files}
+        ours = {name for name in present if WEIGHTS.fullmatch(name) or name == CHECKSUMS}
+        gone = ours - files.keys()
         commit = _Commit(client, repo, branch, create_pr, message or "Upload the model", before.sha, additions, gone)
         return commit.holder(before) or commit.send()
     except Exception as error:
@@ -136,7 +137,8 @@ def _upload(client: Any, repo: str, branch: str, create_pr: bool, files: Mapping
                 large.append(CommitOperationAdd(name, content))
                 upload(large[-1])
             elif not isinstance(content, bytes):
-                write_file(folder / name, content())
+                with open(folder / name, "wb") as file:
+                    file.writelines(content())
                 large.append(CommitOperationAdd(name, folder / name))
                 upload(large[-1])
                 (folder / name).unlink()
