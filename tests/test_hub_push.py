@@ -359,7 +359,7 @@ def test_a_full_disk_is_said(hub, models, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(upload, "write_file", full)
+    monkeypatch.setattr(upload, "_write", full)
     with pytest.raises(CheckpointError, match="HUB-DISK.*") as caught:
         push(models[0])
     assert "TMPDIR" in caught.value.fix

@@ -270,7 +270,7 @@ def _replace_all(
     temporary = {name: folder / f".{name}.{secrets.token_hex(8)}.tmp" for name in contents}
     try:
         for name, content in contents.items():
-            write_file(temporary[name], content())
+            _write(temporary[name], content())
         (folder / _CONFIG).unlink(missing_ok=True)
         _sync(folder)
         for name in contents:
@@ -287,8 +287,7 @@ def _replace_all(
             path.unlink(missing_ok=True)
 
 
-def write_file(path: pathlib.Path, content: Iterable[bytes | memoryview]) -> None:
-    """Writes a new file and syncs it."""
+def _write(path: pathlib.Path, content: Iterable[bytes | memoryview]) -> None:
     # 0o666: the mode is the umask's to decide, as for any file that a program writes.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     with open(os.open(path, flags, 0o666), "wb") as file:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from eqx_moe.checkpoint.shards import changed_while_reading
-from eqx_moe.checkpoint.writer import is_ours, write_file
+from eqx_moe.checkpoint.writer import is_ours
 from eqx_moe.errors import CheckpointError
 from eqx_moe.remote.client import (
     TIMEOUT,
@@ -136,7 +136,7 @@ def _upload(client: Any, repo: str, branch: str, create_pr: bool, files: Mapping
                 large.append(CommitOperationAdd(name, content))
                 upload(large[-1])
             elif not isinstance(content, bytes):
-                write_file(folder / name, content())
+                _write(folder / name, content())
                 large.append(CommitOperationAdd(name, folder / name))
                 upload(large[-1])
                 (folder / name).unlink()
@@ -224,6 +224,12 @@ def _hashes(addition: Any) -> set[str]:
         return {addition.upload_info.sha256.hex()}
     git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
     return {hashlib.sha256(content).hexdigest(), git.hexdigest()}
+
+
+def _write(path: pathlib.Path, content: Iterable[bytes | memoryview]) -> None:
+    with open(path, "xb") as file:
+        for piece in content:
+            file.write(piece)
 
 
 def _state(path: pathlib.Path) -> tuple[int, int]:
