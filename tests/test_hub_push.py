@@ -24,7 +24,7 @@ from eqx_moe.remote.client import is_repo
 
 REPO = "org/tiny-model"
 TOKEN = "hf_PlantedToken0123456789abcdefghij"
-SMALL = {"config.json", "generation_config.json", "README.md", ".gitattributes"}
+SMALL = {"config.json", "generation_config.json", "eqx_moe.json", "README.md", ".gitattributes"}
 SHARDS = {f"model-{i:05}-of-00004.safetensors" for i in range(1, 5)} | {"model.safetensors.index.json"}
 
 
@@ -359,7 +359,7 @@ def test_a_full_disk_is_said(hub, models, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(upload, "write_file", full)
+    monkeypatch.setattr(upload, "_write", full)
     with pytest.raises(CheckpointError, match="HUB-DISK.*") as caught:
         push(models[0])
     assert "TMPDIR" in caught.value.fix

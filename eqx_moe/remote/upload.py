@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from eqx_moe.checkpoint.checksums import CHECKSUMS
+from eqx_moe.checkpoint.checksums import CHECKSUMS, checksums_json
 from eqx_moe.checkpoint.shards import WEIGHTS, changed_while_reading
 from eqx_moe.errors import CheckpointError
 from eqx_moe.remote.client import (
@@ -96,8 +96,7 @@ def push(
         for path, state in states.items():
             if _state(path) != state:
                 changed_while_reading(str(path))
-        ours = {name for name in present if WEIGHTS.fullmatch(name) or name == CHECKSUMS}
-        gone = ours - files.keys()
+        gone = {name for name in present if WEIGHTS.fullmatch(name) and name not in files}
         commit = _Commit(client, repo, branch, create_pr, message or "Upload the model", before.sha, additions, gone)
         return commit.holder(before) or commit.send()
     except Exception as error:
@@ -130,18 +129,21 @@ def _upload(client: Any, repo: str, branch: str, create_pr: bool, files: Mapping
                 addition.path_or_fileobj = pathlib.Path(addition.path_or_fileobj).read_bytes()
 
     small = [CommitOperationAdd(name, content) for name, content in files.items() if isinstance(content, bytes)]
-    large = []
+    large, sums = [], {}
     with _temporary_folder() as folder:
         for name, content in files.items():
-            if isinstance(content, pathlib.Path):
-                large.append(CommitOperationAdd(name, content))
-                upload(large[-1])
-            elif not isinstance(content, bytes):
-                with open(folder / name, "wb") as file:
-                    file.writelines(content())
-                large.append(CommitOperationAdd(name, folder / name))
-                upload(large[-1])
+            if isinstance(content, bytes):
+                continue
+            if not isinstance(content, pathlib.Path):
+                _write(folder / name, content())
+            large.append(CommitOperationAdd(name, content if isinstance(content, pathlib.Path) else folder / name))
+            if WEIGHTS.fullmatch(name):
+                sums[name] = large[-1].upload_info.sha256.hex()
+            upload(large[-1])
+            if not isinstance(content, pathlib.Path):
                 (folder / name).unlink()
+    if CHECKSUMS not in files:
+        small.append(CommitOperationAdd(CHECKSUMS, checksums_json(sums)))
     upload(*small)
     return large + small
 
@@ -226,6 +228,12 @@ def _hashes(addition: Any) -> set[str]:
         return {addition.upload_info.sha256.hex()}
     git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
     return {hashlib.sha256(content).hexdigest(), git.hexdigest()}
+
+
+def _write(path: pathlib.Path, content: Iterable[bytes | memoryview]) -> None:
+    with open(path, "xb") as file:
+        for piece in content:
+            file.write(piece)
 
 
 def _state(path: pathlib.Path) -> tuple[int, int]:
