@@ -60,7 +60,6 @@ def read(folder: pathlib.Path) -> dict | None:
 
 
 def fuzzed(examples: int):
-    slow = [HealthCheck.too_slow]
     return settings(
         max_examples=examples, deadline=2000, suppress_health_check=[HealthCheck.too_slow], derandomize=True
     )
