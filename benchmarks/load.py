@@ -64,8 +64,9 @@ def load(folder):
 SAVE = (
     CONFIG
     + """
-import os, pathlib
+import os, pathlib, shutil
 import numpy as np
+shutil.rmtree({folder!r}, ignore_errors=True)  # both write new files
 model = eqx_moe.init(config, key=jax.random.key(0))
 jax.block_until_ready(jax.tree.leaves(model))
 leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(model)]
@@ -130,7 +131,8 @@ def main() -> None:
             size,
         )
         saves = {"eqx_moe": "ours", "write and fsync": "plain"}
-        table({n: SAVE.format(what=what) + MEASURE.format(folder=saved + what) for n, what in saves.items()}, size)
+        program = SAVE + MEASURE
+        table({name: program.format(what=what, folder=saved + what) for name, what in saves.items()}, size)
 
 
 if __name__ == "__main__":
