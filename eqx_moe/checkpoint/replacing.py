@@ -9,6 +9,7 @@ that knows no journal finds config.json absent meanwhile, and refuses: it goes f
 import concurrent.futures
 import contextlib
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -50,6 +51,9 @@ class Replacing:
         self._token = secrets.token_hex(8)
         self._names: list[str] = []
         self._committed = False
+        # The disk writes one file while the next is handed to the system; and sums are taken meanwhile.
+        self._disk, self._sums = (concurrent.futures.ThreadPoolExecutor(1) for _ in range(2))
+        self._synced: list[concurrent.futures.Future[None]] = []
 
     def __enter__(self) -> "Replacing":
         with _locked(self._folder):
@@ -61,6 +65,8 @@ class Replacing:
         return self
 
     def __exit__(self, *error) -> None:
+        self._disk.shutdown()
+        self._sums.shutdown()
         # Once there is a journal, what still has a temporary name belongs to the folder.
         for name in [] if self._committed else self._names:
             self._path(name).unlink(missing_ok=True)
@@ -68,30 +74,34 @@ class Replacing:
         os.close(self._alive)
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> str:
-        """Writes a file to the disk under a temporary name; returns its sha256, taken beside the writing."""
+        """Writes a file under a temporary name, on the disk by the time of `commit`; returns its sha256."""
         self._names.append(name)
         # 0o666: the mode is the umask's to decide, as for any file that a program writes.
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        sha256 = hashlib.sha256()
-        with (
-            open(os.open(self._path(name), flags, 0o666), "wb") as file,
-            concurrent.futures.ThreadPoolExecutor(1) as pool,
-        ):
-            hashed = None
+        sha256, summed = hashlib.sha256(), None
+        file = open(os.open(self._path(name), flags, 0o666), "wb")  # closed once it is on the disk
+        try:
             for piece in pieces:
-                # One piece at a time is in memory besides the one that comes next.
-                before, hashed = hashed, pool.submit(sha256.update, piece)
+                # One piece is in memory besides the one that comes next.
+                before, summed = summed, self._sums.submit(sha256.update, piece)
                 file.write(piece)
                 if before is not None:
                     before.result()
             file.flush()
-            os.fsync(file.fileno())
+        except BaseException:
+            file.close()
+            raise
+        self._synced.append(self._disk.submit(_sync_and_close, file))
+        if summed is not None:
+            summed.result()
         return sha256.hexdigest()
 
     def commit(self, stale: Iterable[str]) -> None:
         """Puts all that was written in place, and removes the files of weights `stale`."""
         journal = {"token": self._token, "files": list(self._names), "stale": list(stale)}
         self.write(JOURNAL, (json.dumps(journal).encode(),))
+        for synced in self._synced:
+            synced.result()
         _sync(self._folder)
         with _locked(self._folder):
             _finish(self._folder)  # another process may have been killed meanwhile
@@ -220,6 +230,11 @@ def _try_lock(handle: int) -> bool:
 
 def _temporary(folder: pathlib.Path, name: str, token: str) -> pathlib.Path:
     return folder / f".{name}.{token}.tmp"
+
+
+def _sync_and_close(file: io.BufferedWriter) -> None:
+    with file:
+        os.fsync(file.fileno())
 
 
 def _move(source: pathlib.Path, target: pathlib.Path) -> None:
