@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 from eqx_moe.checkpoint.dtypes import WEIGHT_DTYPES, cast, target_dtype, weight_dtype
 from eqx_moe.checkpoint.matching import match
 from eqx_moe.checkpoint.names import Name, Tensor
-from eqx_moe.checkpoint.shards import Stored, changed_while_reading, open_weights
+from eqx_moe.checkpoint.quantised import decoded
+from eqx_moe.checkpoint.shards import Stored, open_weights
 from eqx_moe.errors import CheckpointError, quote
 
 # `jax.device_put` takes a host buffer over without a copy if it starts at a multiple of 64 bytes (on CPU).
@@ -53,11 +54,12 @@ def load_leaves(
     """
     folder = pathlib.Path(folder)
     named = None if dtype == "auto" else weight_dtype(dtype)
-    with open_weights(folder) as stored:
+    with open_weights(folder) as opened:
+        stored = decoded(opened)
         tensors = match(folder, leaves, layouts, stored, skipped=skipped, tied=tied, one_dtype=named is None)
         for name, original in tied:
             if name in stored:
-                _check_equal(stored[name], stored[original], name, original)
+                check_equal(stored[name], stored[original], name, original)
         # Leaves that share tensors (gate and up, packed) are read together, each tensor once.
         groups: dict[tuple[str, ...], list[Tensor]] = {}
         for tensor in tensors.values():
@@ -132,51 +134,47 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def _read_tensor(tensor: Tensor, stored: Stored, places: list[np.ndarray]) -> None:
     """Reads one tensor from beginning to end, its parts each into its (contiguous) place."""
-    stored.file.seek(stored.entry.start)
+    start, itemsize = stored.entry.start, WEIGHT_DTYPES[stored.entry.dtype].itemsize
     rows = [place.reshape(tensor.runs, -1) for place in places]
     for run in range(tensor.runs):
         for row in rows:
-            _read_run(stored, row[run], tensor.name)
+            read_values(stored, start, row[run], tensor.name)
+            start += row.shape[1] * itemsize
 
 
-def _read_run(stored: Stored, target: np.ndarray, name: str) -> None:
+def read_values(stored: Stored, start: int, target: np.ndarray, name: str) -> None:
+    """Reads a piece of a tensor from the byte `start` of its file into a flat array, cast to that one's dtype.
+
+    Raises:
+        CheckpointError: ST-RANGE if a value does not fit.
+    """
     source = WEIGHT_DTYPES[stored.entry.dtype]
     if source == target.dtype:
-        _fill(stored, target)
+        stored.read_into(start, target)
         return
     scratch = np.empty(min(target.size, _CHUNK), source)
-    for start in range(0, target.size, _CHUNK):
-        piece = target[start : start + _CHUNK]
-        _fill(stored, scratch[: piece.size])
-        if not cast(scratch[: piece.size], piece):
+    for first in range(0, target.size, _CHUNK):
+        piece = target[first : first + _CHUNK]
+        values = scratch[: piece.size]
+        stored.read_into(start + first * source.itemsize, values)
+        if not cast(values, piece):
             raise CheckpointError(
                 code="ST-RANGE",
                 doing="reading weights",
                 file=stored.path,
                 item=name,
                 expected=f"values that fit in {target.dtype}, at most {np.finfo(np.float16).max:g}",
-                found=f"{np.nanmax(np.abs(scratch[: piece.size].astype(np.float32))):g}",
+                found=f"{np.nanmax(np.abs(values.astype(np.float32))):g}",
                 fix="load in bfloat16 or float32",
             )
 
 
-def _fill(stored: Stored, target: np.ndarray) -> None:
-    """Reads on from where the file stands until `target` is full."""
-    view = target.view(np.uint8).data
-    while view:
-        count = stored.file.readinto(view)
-        if not count:
-            changed_while_reading(stored.path)
-        view = view[count:]
-
-
-def _check_equal(stored: Stored, original: Stored, name: str, original_name: str) -> None:
-    size = stored.entry.stop - stored.entry.start
-    for start in range(0, size, _CHUNK):
-        pieces = [np.empty(min(_CHUNK, size - start), np.uint8) for _ in range(2)]
+def check_equal(stored: Stored, original: Stored, name: str, original_name: str) -> None:
+    """Two tensors that config.json ties must be equal bit for bit; `CheckpointError` with code ST-TIED."""
+    for start in range(0, stored.size, _CHUNK):
+        pieces = [np.empty(min(_CHUNK, stored.size - start), np.uint8) for _ in range(2)]
         for each, piece in zip((stored, original), pieces, strict=True):
-            each.file.seek(each.entry.start + start)
-            _fill(each, piece)
+            each.read_into(each.entry.start + start, piece)
         if not np.array_equal(pieces[0], pieces[1]):
             first = start + int(np.argmax(pieces[0] != pieces[1]))
             raise CheckpointError(

@@ -4,9 +4,11 @@ import contextlib
 import io
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
+
+import numpy as np
 
 from eqx_moe.checkpoint.files import exists, listing, open_plain, plain_name
 from eqx_moe.checkpoint.header import Entry, read_header
@@ -20,11 +22,27 @@ _DOING = "finding the weights"
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in an open file. `path` is the file's, for errors."""
+    """A tensor in an open file. `path` is the file's, for errors.
+
+    With `decode`, `entry` is that of the decoded tensor, as if its bytes stood in a file of their own.
+    """
 
     file: io.FileIO
     path: str
     entry: Entry
+    decode: Callable[[int, np.ndarray], None] | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.entry.stop - self.entry.start
+
+    def read_into(self, start: int, target: np.ndarray) -> None:
+        """Fills a contiguous array with what the file has from the byte `start` on."""
+        if self.decode is not None:
+            self.decode(start, target)
+            return
+        read_into(self.file, self.path, start, target)
 
 
 @contextlib.contextmanager
@@ -52,6 +70,21 @@ def open_weights(folder: pathlib.Path) -> Iterator[dict[str, Stored]]:
         for shard, file in shards.items():
             if _version(file) != before[shard]:
                 changed_while_reading(str(folder / shard))
+
+
+def read_into(file: io.FileIO, path: str, start: int, target: np.ndarray) -> None:
+    """Fills a contiguous array with what an open file has from the byte `start` on.
+
+    Raises:
+        CheckpointError: ST-CHANGED if the file ends before.
+    """
+    file.seek(start)
+    view = target.reshape(-1).view(np.uint8).data
+    while view:
+        count = file.readinto(view)
+        if not count:
+            changed_while_reading(path)
+        view = view[count:]
 
 
 def weights_file(folder: pathlib.Path) -> pathlib.Path:
