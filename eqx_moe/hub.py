@@ -23,6 +23,7 @@ from eqx_moe.checkpoint.files import exists, listing
 from eqx_moe.checkpoint.jsonfile import read_json
 from eqx_moe.checkpoint.names import leaf_paths, replace_leaves
 from eqx_moe.checkpoint.reader import load_leaves
+from eqx_moe.checkpoint.replacing import finish_replacing
 from eqx_moe.checkpoint.writer import save_leaves
 from eqx_moe.errors import CheckpointError, quote
 from eqx_moe.execution import AbstractExecution
@@ -34,6 +35,8 @@ _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _TOKENIZER, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 # With tied embeddings some writers store the head all the same.
 _TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
+# A router with a NaN in it still routes, somehow.
+_ROUTERS = ("layers.{l}.moe.router.weight",)
 
 _log = logging.getLogger("eqx_moe")
 
@@ -97,6 +100,7 @@ def from_pretrained(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     execution: str | AbstractExecution | None = None,
+    verify: bool = False,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -113,6 +117,9 @@ def from_pretrained(
         mesh: the devices to spread the weights over, see `eqx_moe.sharding`. The host holds a leaf at a time, and no
             device more than its parts. In a program of several processes all call this, each with the folder at hand.
         execution: how MoE blocks run: None picks the dropless one for the platform; see `eqx_moe.execution`.
+        verify: reads every byte and holds it against the checksums in eqx_moe.json that `save_pretrained` wrote; all
+            values must be finite. Without it only norms, biases and routers are looked at, and a large tensor that lies
+            in its file as the model wants it is mapped, not read (Linux, local disk): do not write into the file then.
         revision, token, cache_dir, local_files_only: for names on the Hub; a local folder has no use for them.
 
     Raises:
@@ -135,6 +142,8 @@ def from_pretrained(
         tied=_TIED if config.tie_word_embeddings else (),
         dtype=_dtype_to_load(dtype),
         keep_fp32=family.keep_fp32,
+        finite=_ROUTERS,
+        verify=verify,
         shardings=None if mesh is None else plan_sharding(model, mesh).shardings,
     )
     return dataclasses.replace(replace_leaves(model, leaves), generation_config=generation_config)
@@ -205,6 +214,7 @@ def _folder(folder: str | os.PathLike, doing: str) -> pathlib.Path:
             else "give a local folder; this version does not download from the Hub by itself: "
             "`hf download ORG/NAME --local-dir FOLDER` does",
         )
+    finish_replacing(pathlib.Path(folder))
     return pathlib.Path(folder)
 
 

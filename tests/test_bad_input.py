@@ -704,6 +704,6 @@ def test_every_code_is_documented(root):
     used = set()
     for path in (root / "eqx_moe").rglob("*.py"):
         if path.name != "errors.py":
-            used |= set(re.findall(r'"((?:CFG|ST|IDX|TOK|DATA)-[A-Z0-9-]+)"', path.read_text()))
-    composed = {f"{kind}-{part}" for kind in ("CFG", "IDX", "TOK") for part in ("FILE", "JSON")}
+            used |= set(re.findall(r'"((?:CFG|ST|IDX|SUM|TOK|DATA)-[A-Z0-9-]+)"', path.read_text()))
+    composed = {f"{kind}-{part}" for kind in ("CFG", "IDX", "SUM", "TOK") for part in ("FILE", "JSON")}
     assert used | composed == set(CODES)

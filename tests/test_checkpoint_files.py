@@ -1,5 +1,6 @@
 """Reading and writing safetensors, held against safetensors' own reader and writer."""
 
+import contextlib
 import json
 import os
 import stat
@@ -18,6 +19,7 @@ from eqx_moe.checkpoint import Name, leaf_paths, load_leaves, plan, save_leaves
 from eqx_moe.checkpoint.dtypes import WEIGHT_DTYPES
 from eqx_moe.checkpoint.header import read_header
 from eqx_moe.checkpoint.reader import aligned_empty
+from eqx_moe.checkpoint.replacing import finish_replacing
 from eqx_moe.checkpoint.writer import parse_size, plan_shards
 from eqx_moe.errors import CheckpointError
 
@@ -162,16 +164,17 @@ def test_saving_a_value_out_of_range_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="ST-RANGE") as caught:
         save_leaves(tmp_path, tree, ORIGINAL, dtype="float16")
     assert caught.value.item == "h.1.e.2.w3"
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {"eqx_moe.json", "model.safetensors"}
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def test_infinities_and_nans_pass_any_cast(tmp_path):
     tree = leaves("float32")
-    tree["h.0.norm"] = jnp.array([jnp.inf, -jnp.inf, jnp.nan, 0, -0.0, 1, 2])
+    odd = jnp.array([jnp.inf, -jnp.inf, jnp.nan, 0, -0.0, 1, 2])
+    tree["h.0.gate"] = tree["h.0.gate"].at[3, 1].set(odd)
     save_leaves(tmp_path, tree, ORIGINAL)
     assert same(load(tmp_path, tree), tree)
-    np.testing.assert_array_equal(load(tmp_path, tree, dtype="float16")["h.0.norm"], tree["h.0.norm"])
+    np.testing.assert_array_equal(load(tmp_path, tree, dtype="float16")["h.0.gate"][3, 1], odd)
 
 
 def test_joined_leaves_of_two_dtypes_are_refused(tmp_path):
@@ -225,7 +228,7 @@ def test_saving_again_leaves_nothing_of_the_earlier_save(tmp_path):
         listed = {"model.safetensors"}
         if size != "5GB":
             listed = {INDEX, *json.loads((tmp_path / INDEX).read_text())["weight_map"].values()}
-        assert names == listed | {"README.md", "config.json"}
+        assert names == listed | {"README.md", "config.json", "eqx_moe.json"}
 
 
 def test_saving_over_the_folder_that_was_loaded(tmp_path):
@@ -236,8 +239,8 @@ def test_saving_over_the_folder_that_was_loaded(tmp_path):
     assert same(loaded, tree) and same(load(tmp_path, tree), tree)
 
 
-@pytest.mark.parametrize("calls", range(1, 40, 3))
-def test_a_save_that_fails_leaves_the_old_model_or_none(tmp_path, monkeypatch, calls):
+@pytest.mark.parametrize("calls", range(1, 60, 3))
+def test_a_save_that_fails_leaves_the_old_model_or_the_new_one(tmp_path, monkeypatch, calls):
     """Every system call that matters fails in its turn."""
     old, new = leaves(), {path: leaf + 1 for path, leaf in leaves().items()}
     save_leaves(tmp_path, old, ORIGINAL, max_shard_size=700, other_files={"config.json": b"old"})
@@ -252,18 +255,17 @@ def test_a_save_that_fails_leaves_the_old_model_or_none(tmp_path, monkeypatch, c
 
         return call
 
-    for name in ("open", "fsync", "replace"):
+    for name in ("open", "fsync", "replace", "unlink"):
         monkeypatch.setattr(os, name, failing(getattr(os, name)))
-    try:
+    with contextlib.suppress(OSError, CheckpointError):
         save_leaves(tmp_path, new, ORIGINAL, max_shard_size=700, other_files={"config.json": b"new"})
-        whole = new
-    except OSError:
-        whole = old
     monkeypatch.undo()
+    finish_replacing(tmp_path)
+    assert not [path for path in tmp_path.glob(".*") if ".alive." not in path.name]
+    whole = {b"old": old, b"new": new}[(tmp_path / "config.json").read_bytes()]
+    assert same(load(tmp_path, old, verify=True), whole)
+    save_leaves(tmp_path, old, ORIGINAL, max_shard_size=700, other_files={"config.json": b"old"})
     assert not list(tmp_path.glob(".*"))
-    if (tmp_path / "config.json").exists():
-        assert (tmp_path / "config.json").read_bytes() == (b"new" if whole is new else b"old")
-        assert same(load(tmp_path, old), whole)
 
 
 def test_a_file_in_the_folders_place(tmp_path):

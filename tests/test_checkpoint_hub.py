@@ -91,7 +91,12 @@ def test_saving_over_the_folder_that_was_loaded(tmp_path):
     loaded = eqx_moe.from_pretrained(tmp_path)
     eqx_moe.save_pretrained(loaded, tmp_path, layout="packed")
     assert same(loaded, model) and same(eqx_moe.from_pretrained(tmp_path), model)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        "eqx_moe.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
 
 
 def test_generation_config_and_unknown_keys_come_back(tmp_path):

@@ -298,7 +298,7 @@ def disk_full(*_, **__):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("where", ["eqx_moe.train.fit", "eqx_moe.checkpoint.writer._write"])
+@pytest.mark.parametrize("where", ["eqx_moe.train.fit", "eqx_moe.checkpoint.replacing.Replacing.write"])
 def test_ctrl_c_leaves_nothing(run, folder, tmp_path, text, monkeypatch, where):
     monkeypatch.setattr("eqx_moe.train.fit", lambda model, *_, **__: (model, [{"cross_entropy": 1.0}]))
     monkeypatch.setattr(where, interrupt)
@@ -309,7 +309,7 @@ def test_ctrl_c_leaves_nothing(run, folder, tmp_path, text, monkeypatch, where):
 
 def test_a_full_disk(run, folder, tmp_path, text, monkeypatch):
     monkeypatch.setattr("eqx_moe.train.fit", lambda model, *_, **__: (model, [{"cross_entropy": 1.0}]))
-    monkeypatch.setattr("eqx_moe.checkpoint.writer._write", disk_full)
+    monkeypatch.setattr("eqx_moe.checkpoint.replacing.Replacing.write", disk_full)
     status, _, err = run("finetune", folder, "--data", text, "--out", tmp_path / "out", "--steps", 1)
     assert (status, err) == (1, "eqx-moe: No space left on device\n")
     assert not (tmp_path / "out").exists()

@@ -24,7 +24,13 @@ def main(folder: pathlib.Path, port: str, process: int, axes: tuple[str, ...], s
 
     read = []
     original = reader._read_tensor
-    reader._read_tensor = lambda tensor, *rest: (read.append(tensor.name), original(tensor, *rest))
+
+    def read_tensor(tensor, *rest):
+        pieces = list(original(tensor, *rest))
+        read.extend([tensor.name] * bool(pieces))
+        return pieces
+
+    reader._read_tensor = read_tensor
     model = eqx_moe.from_pretrained(folder / "model", mesh=mesh)
     experts = {name.split(".")[5] for name in read if ".experts." in name}
     across = axes[0] == "expert"

@@ -25,7 +25,8 @@ DTYPE_BITS = {
 }
 _MAX_HEADER = 100_000_000
 _MAX_DIMENSIONS = 8
-_ALIGNMENT = 64
+#: What `jax.device_put` asks of a host buffer that it takes over without a copy on CPU, in bytes.
+ALIGNMENT = 64
 
 # How files begin that are found under the name of a safetensors file, what they are, and what to do.
 _REFETCH = "download the file again"
@@ -97,7 +98,7 @@ def write_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 

@@ -15,6 +15,7 @@ _KINDS = {
     "config": ("CFG", 8_000_000),
     "generation config": ("CFG", 8_000_000),
     "index": ("IDX", 100_000_000),
+    "checksums": ("SUM", 8_000_000),
     "tokenizer": ("TOK", 512_000_000),
     "tokenizer config": ("TOK", 8_000_000),
 }
@@ -61,7 +62,8 @@ def read_json(path: str | os.PathLike, what: str = "config", *, doing: str = "lo
     """The object in a JSON file, read strictly (`parse_object`).
 
     Args:
-        what: "config", "generation config", "index" or "tokenizer": picks the error codes and the limit on the size.
+        what: "config", "generation config", "index", "checksums" or "tokenizer": picks the error codes and the limit on
+            the size.
         doing: what the caller is about, for the error's text.
 
     Raises:

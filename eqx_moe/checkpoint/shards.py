@@ -4,6 +4,8 @@ import contextlib
 import io
 import os
 import pathlib
+import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
@@ -17,7 +19,21 @@ from eqx_moe.errors import CheckpointError, quote
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+#: Says that the files of a save are being moved into place, see `eqx_moe.checkpoint.replacing`.
+JOURNAL = ".eqx_moe.journal"
+#: The files of weights that `save_leaves` writes.
+WEIGHTS = re.compile(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|" + re.escape(INDEX))
 _DOING = "finding the weights"
+_MAX_THREADS = 8
+_TRIES, _PAUSE = 20, 0.1  # seconds
+
+
+def threads() -> int:
+    """How many may read or write at a time. One core copies no faster than it is handed memory pages, so more help."""
+    if not hasattr(os, "preadv"):
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(_MAX_THREADS, cores)
 
 
 @dataclass(frozen=True)
@@ -38,7 +54,7 @@ class Stored:
         return self.entry.stop - self.entry.start
 
     def read_into(self, start: int, target: np.ndarray) -> None:
-        """Fills a contiguous array with what the file has from the byte `start` on."""
+        """Fills a contiguous array with what the file has from the byte `start` on; threads may share a file."""
         if self.decode is not None:
             self.decode(start, target)
             return
@@ -54,10 +70,9 @@ def open_weights(folder: pathlib.Path) -> Iterator[dict[str, Stored]]:
         CheckpointError: ST-* and IDX-* codes; ST-CHANGED on leaving, if a file was written to meanwhile.
     """
     with contextlib.ExitStack() as stack:
-        shards: dict[str, io.FileIO] = {}
-        weight_map = _weight_map(folder)
-        for shard in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]:
-            shards[shard] = stack.enter_context(open_plain(folder / shard, code="ST-FILE", doing=_DOING))
+        weight_map, shards = _open_all(folder)
+        for file in shards.values():
+            stack.enter_context(file)
         before = {shard: _version(file) for shard, file in shards.items()}
         entries = {shard: read_header(file, str(folder / shard)) for shard, file in shards.items()}
         if weight_map is not None:
@@ -73,18 +88,22 @@ def open_weights(folder: pathlib.Path) -> Iterator[dict[str, Stored]]:
 
 
 def read_into(file: io.FileIO, path: str, start: int, target: np.ndarray) -> None:
-    """Fills a contiguous array with what an open file has from the byte `start` on.
+    """Fills a contiguous array with what an open file has from the byte `start` on; threads may share the file.
 
     Raises:
         CheckpointError: ST-CHANGED if the file ends before.
     """
-    file.seek(start)
     view = target.reshape(-1).view(np.uint8).data
     while view:
-        count = file.readinto(view)
+        if hasattr(os, "preadv"):
+            count = os.preadv(file.fileno(), [view], start)
+        else:  # Windows, where `threads` is 1.
+            file.seek(start)
+            count = file.readinto(view)
         if not count:
             changed_while_reading(path)
         view = view[count:]
+        start += count
 
 
 def weights_file(folder: pathlib.Path) -> pathlib.Path:
@@ -101,6 +120,26 @@ def changed_while_reading(path: str) -> NoReturn:
         found="another size or modification time than when its header was read",
         fix="load again when nothing writes to the folder",
     )
+
+
+def _open_all(folder: pathlib.Path) -> tuple[dict[str, str] | None, dict[str, io.FileIO]]:
+    """The index and the open shards, all of one save: opened anew while another process moves new ones into place."""
+    for _ in range(_TRIES):
+        with contextlib.ExitStack() as stack:
+            weight_map = _weight_map(folder)
+            shards = {
+                shard: stack.enter_context(open_plain(folder / shard, code="ST-FILE", doing=_DOING))
+                for shard in (sorted(set(weight_map.values())) if weight_map is not None else [SINGLE])
+            }
+            if not exists(folder / JOURNAL) and all(_is_at(file, folder / shard) for shard, file in shards.items()):
+                stack.pop_all()
+                return weight_map, shards
+        time.sleep(_PAUSE)
+    changed_while_reading(str(folder))
+
+
+def _is_at(file: io.FileIO, path: pathlib.Path) -> bool:
+    return exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
 
 
 def _version(file: io.FileIO) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: shards planned from shapes, one tensor in memory at a time, all written before any is used."""
+"""Writing a checkpoint: shards planned from shapes, a run of a tensor in memory at a time, all put in place at once."""
 
 import collections
 import functools
@@ -7,26 +7,27 @@ import math
 import os
 import pathlib
 import re
-import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
+from tqdm import tqdm
 
+from eqx_moe.checkpoint.checksums import CHECKSUMS, checksums_json
 from eqx_moe.checkpoint.dtypes import FORMAT_NAMES, cast, target_dtype, weight_dtype
-from eqx_moe.checkpoint.header import write_header
+from eqx_moe.checkpoint.header import ALIGNMENT, write_header
 from eqx_moe.checkpoint.names import Name, Tensor, plan
-from eqx_moe.checkpoint.shards import INDEX, SINGLE
+from eqx_moe.checkpoint.progress import progress
+from eqx_moe.checkpoint.replacing import Replacing
+from eqx_moe.checkpoint.shards import INDEX, SINGLE, WEIGHTS
 from eqx_moe.checkpoint.streaming import Unread
 from eqx_moe.errors import CheckpointError
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_OURS = re.compile(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|" + re.escape(INDEX))
-_CONFIG = "config.json"
 
 
 def save_leaves(
@@ -45,10 +46,8 @@ def save_leaves(
     on disk has. If the devices belong to several processes, all must call this: the first writes, the others send, and
     all wait until it is done.
 
-    Everything is first written under temporary names and synced. Then an earlier save's config.json is removed, the new
-    files are moved into place, shards and index of the earlier save are removed, and config.json comes last. Killed at
-    any moment, this leaves the earlier model, or the new one, or a folder that is refused for want of a config.json;
-    never a mixture.
+    Killed at any moment, this leaves the earlier model or the new one, whole (`eqx_moe.checkpoint.replacing`). The
+    sha256 of the weights' files goes into eqx_moe.json.
 
     Args:
         max_shard_size: bytes, or a text such as "5GB" (10**9) or "2GiB" (2**30). A tensor is never split.
@@ -58,7 +57,7 @@ def save_leaves(
     Raises:
         ValueError: the name table does not fit the leaves; a leaf is no float; a wrong argument.
         CheckpointError: CFG-FOLDER if the folder cannot be one; ST-RANGE if a value does not fit in `dtype`.
-        OSError: the disk is full, or the like; an earlier model in the folder then still stands.
+        OSError: the disk is full, or the like; the folder then holds the earlier model or the new one.
     """
     limit = parse_size(max_shard_size)
     tensors = plan(names, leaves)
@@ -84,24 +83,31 @@ def save_leaves(
             fix="give another name",
         ) from error
 
-    contents: dict[str, Callable[[], Iterable[bytes | memoryview]]] = {
-        shard: functools.partial(_shard, group, leaves, dtypes, str(folder / shard)) for shard, group in shards.items()
+    contents = {
+        name: functools.partial(_shard, group, leaves, dtypes, str(folder / name)) for name, group in shards.items()
     }
-    small = dict(other_files or {})
-    if SINGLE not in shards:
-        small[INDEX] = _index(shards, dtypes)
-    contents |= {name: lambda content=content: (content,) for name, content in small.items()}
-    stale = [entry.name for entry in folder.iterdir() if _OURS.fullmatch(entry.name) and entry.name not in contents]
-    if all(leaf.is_fully_addressable for leaf in leaves.values() if isinstance(leaf, jax.Array)):
-        _replace_all(folder, contents, stale)
-        return
-    if jax.process_index() == 0:
-        _replace_all(folder, contents, stale)
+    if jax.process_index() == 0 or all(
+        leaf.is_fully_addressable for leaf in leaves.values() if isinstance(leaf, jax.Array)
+    ):
+        small = dict(other_files or {})
+        if SINGLE not in shards:
+            small[INDEX] = _index(shards, dtypes)
+        size = sum(_bytes_of(tensor, dtypes) for group in shards.values() for tensor in group.values())
+        with Replacing(folder) as new, progress("saving", size) as bar:
+            sums = {name: new.write(name, _counted(content(), bar)) for name, content in contents.items()}
+            for name, content in small.items():
+                digest = new.write(name, (content,))
+                if name == INDEX:
+                    sums[name] = digest
+            new.write(CHECKSUMS, (checksums_json(sums),))
+            there = [entry.name for entry in folder.iterdir()]
+            new.commit([name for name in there if WEIGHTS.fullmatch(name) and name not in sums])
     else:
         # The same gathering in the same order; what it brings is for the first process to write.
         for content in contents.values():
             collections.deque(content(), maxlen=0)
-    multihost_utils.sync_global_devices("eqx_moe.save_leaves")
+    if any(not leaf.is_fully_addressable for leaf in leaves.values() if isinstance(leaf, jax.Array)):
+        multihost_utils.sync_global_devices("eqx_moe.save_leaves")
 
 
 def parse_size(size: int | str) -> int:
@@ -123,21 +129,37 @@ def plan_shards(
 ) -> dict[str, dict[str, Tensor]]:
     """Which tensors go into which file: in order, a new one when `limit` bytes would be passed.
 
-    Within a file wide dtypes come first, so that every tensor starts at a multiple of its element's size.
+    What a reader must know to map a leaf as it lies is kept together and aligned: a stack is in one file, if it is not
+    larger than `limit`, its tensors one after another. Within a file the leaves of a multiple of 64 bytes come first,
+    so that each starts at one, then the others, those of wide dtypes first, so that each starts at a whole element.
     """
-    groups: list[dict[str, Tensor]] = [{}]
+    stacks: dict[tuple[str, ...], list[Tensor]] = {}
+    for tensor in tensors.values():
+        stacks.setdefault(tuple(part.leaf for part in tensor.parts), []).append(tensor)
+    files: list[list[list[Tensor]]] = [[]]
     filled = 0
-    for name, tensor in tensors.items():
-        size = math.prod(tensor.shape) * _dtype(tensor, dtypes).itemsize
-        if groups[-1] and filled + size > limit:
-            groups.append({})
-            filled = 0
-        groups[-1][name] = tensor
-        filled += size
-    ordered = [dict(sorted(group.items(), key=lambda item: -_dtype(item[1], dtypes).itemsize)) for group in groups]
+    for stack in stacks.values():
+        whole = sum(_bytes_of(tensor, dtypes) for tensor in stack) <= limit
+        for unit in [stack] if whole else [[tensor] for tensor in stack]:
+            size = sum(_bytes_of(tensor, dtypes) for tensor in unit)
+            if files[-1] and filled + size > limit:
+                files.append([])
+                filled = 0
+            files[-1].append(unit)
+            filled += size
+
+    def place(unit: list[Tensor]) -> tuple[bool, int]:
+        odd = sum(_bytes_of(tensor, dtypes) for tensor in unit) % ALIGNMENT != 0
+        return odd, -_dtype(unit[0], dtypes).itemsize
+
+    ordered = [{tensor.name: tensor for unit in sorted(file, key=place) for tensor in unit} for file in files]
     if len(ordered) == 1:
         return {SINGLE: ordered[0]}
     return {f"model-{i:05}-of-{len(ordered):05}.safetensors": group for i, group in enumerate(ordered, 1)}
+
+
+def _bytes_of(tensor: Tensor, dtypes: Mapping[str, np.dtype]) -> int:
+    return math.prod(tensor.shape) * _dtype(tensor, dtypes).itemsize
 
 
 def _dtype(tensor: Tensor, dtypes: Mapping[str, np.dtype]) -> np.dtype:
@@ -150,11 +172,10 @@ def _dtype(tensor: Tensor, dtypes: Mapping[str, np.dtype]) -> np.dtype:
 
 def _index(shards: Mapping[str, Mapping[str, Tensor]], dtypes: Mapping[str, np.dtype]) -> bytes:
     tensors = [tensor for shard in shards.values() for tensor in shard.values()]
-    sizes = [math.prod(tensor.shape) for tensor in tensors]
     index = {
         "metadata": {
-            "total_parameters": sum(sizes),
-            "total_size": sum(n * _dtype(tensor, dtypes).itemsize for n, tensor in zip(sizes, tensors, strict=True)),
+            "total_parameters": sum(math.prod(tensor.shape) for tensor in tensors),
+            "total_size": sum(_bytes_of(tensor, dtypes) for tensor in tensors),
         },
         "weight_map": {name: shard for shard, tensors in shards.items() for name in tensors},
     }
@@ -166,7 +187,7 @@ def _shard(
     leaves: Mapping[str, Array | np.ndarray | Unread],
     dtypes: Mapping[str, np.dtype],
     file: str,
-):
+) -> Iterator[bytes | memoryview]:
     """The bytes of one file, a part of a tensor at a time."""
     yield write_header({t.name: (FORMAT_NAMES[_dtype(t, dtypes)], t.shape) for t in tensors.values()})
     paths: tuple[str, ...] = ()
@@ -187,6 +208,12 @@ def _shard(
         for run in range(tensor.runs):
             for part, row in zip(tensor.parts, rows, strict=True):
                 yield _bytes(row[run], dtypes[part.leaf], tensor.name, file)
+
+
+def _counted(pieces: Iterator[bytes | memoryview], bar: tqdm) -> Iterator[bytes | memoryview]:
+    for piece in pieces:
+        yield piece
+        bar.update(len(piece))
 
 
 def _bytes(values: np.ndarray, dtype: np.dtype, name: str, file: str) -> memoryview:
@@ -242,46 +269,3 @@ def assemble(leaf: Array | np.ndarray | Unread, index: tuple[int, ...]) -> Float
 @jax.jit
 def _entry(leaf: Array, index: tuple[Array, ...]) -> Array:
     return leaf[index]
-
-
-def _replace_all(
-    folder: pathlib.Path, contents: Mapping[str, Callable[[], Iterable[bytes | memoryview]]], stale: list[str]
-) -> None:
-    temporary = {name: folder / f".{name}.{secrets.token_hex(8)}.tmp" for name in contents}
-    try:
-        for name, content in contents.items():
-            _write(temporary[name], content())
-        (folder / _CONFIG).unlink(missing_ok=True)
-        _sync(folder)
-        for name in contents:
-            if name != _CONFIG:
-                os.replace(temporary[name], folder / name)
-        for name in stale:
-            (folder / name).unlink(missing_ok=True)
-        _sync(folder)
-        if _CONFIG in contents:
-            os.replace(temporary[_CONFIG], folder / _CONFIG)
-            _sync(folder)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-
-
-def _write(path: pathlib.Path, content: Iterable[bytes | memoryview]) -> None:
-    # 0o666: the mode is the umask's to decide, as for any file that a program writes.
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    with open(os.open(path, flags, 0o666), "wb") as file:
-        for piece in content:
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: pathlib.Path) -> None:
-    """Makes renames in a folder last, where folders can be opened."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
