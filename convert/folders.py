@@ -22,7 +22,7 @@ from eqx_moe.models import config_to_json, family_of, skeleton
 #: With tied embeddings some writers store the head all the same.
 TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
 # What else than weights goes along: tokenizers, templates, licences, cards. Code never does.
-_ALONG = re.compile(r".+\.(json|jinja|txt|model|model\.v\d+|tiktoken|md)|(LICENSE|LICENCE|NOTICE|USE_POLICY).*")
+_ALONG = re.compile(r"[^.].*\.(json|jinja|txt|model|model\.v\d+|tiktoken|md)|(LICENSE|LICENCE|NOTICE|USE_POLICY).*")
 _LEFT = re.compile(r"config\.json|params\.json|eqx_moe\.json|.*\.index\.json")
 _MAX_ALONG = 512_000_000  # bytes, as for a tokenizer.json
 
@@ -105,8 +105,7 @@ def small_files(folder: pathlib.Path) -> dict[str, bytes]:
 
 def left_out(folder: pathlib.Path) -> list[str]:
     """The files beside the weights that do not go along."""
-    weights = re.compile(r".*\.safetensors")
-    kept = (_ALONG, _LEFT, weights)
+    kept = (_ALONG, _LEFT, re.compile(r"\..*|.*\.safetensors"))
     return sorted(e.name for e in folder.iterdir() if not any(pattern.fullmatch(e.name) for pattern in kept))
 
 

@@ -35,6 +35,8 @@ def _convert(args: argparse.Namespace) -> None:
         with new_folder(args.target):
             leaves = reordered(source.leaves, source.config, to_pairs)
             save_leaves(args.target, leaves, names(source.config), max_shard_size=_ONE_FILE, other_files=files)
+            # What has checksums of the file has them under its name.
+            (args.target / "eqx_moe.json").unlink(missing_ok=True)
             # Last: until then the folder is none that anything loads.
             os.rename(args.target / SINGLE, args.target / CONSOLIDATED)
             print(written(source, args.target))
