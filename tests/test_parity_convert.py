@@ -3,6 +3,8 @@
 import json
 
 import converting
+import ml_dtypes
+import numpy as np
 import pytest
 import safetensors.numpy
 
@@ -10,6 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from convert import from_hf, from_mistral, to_mistral, verify  # noqa: E402
+from eqx_moe.checkpoint.quantised import decode_fp8, decode_mxfp4  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +67,27 @@ def test_transformers_loads_what_the_programs_write(tmp_path):
         assert parameter.dtype == torch.bfloat16
         assert torch.equal(parameter, models[1][name]) and torch.equal(parameter, models[2][name]), name
     assert safetensors.numpy.load_file(folders[2] / "consolidated.safetensors")
+
+
+def test_mxfp4_decodes_to_the_same_bits():
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    rng = np.random.default_rng(9)
+    blocks = rng.integers(0, 256, (3, 5, 2, 16), np.uint8)
+    scales = rng.integers(0, 250, (3, 5, 2), np.uint8)
+    theirs = convert_moe_packed_tensors(torch.as_tensor(blocks), torch.as_tensor(scales)).contiguous()
+    ours = decode_mxfp4(blocks, scales).swapaxes(-1, -2)
+    assert theirs.shape == ours.shape
+    assert theirs.view(torch.uint8).numpy().tobytes() == ours.tobytes()
+
+
+def test_fp8_decodes_to_the_same_bits():
+    """Where their decoder can: it finds the size of blocks by a division, which edge blocks do not leave whole."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    rng = np.random.default_rng(9)
+    weight = rng.normal(size=(256, 384)).astype(ml_dtypes.float8_e4m3fn)
+    scales = rng.uniform(1e-3, 2, (2, 3)).astype(np.float32)
+    fp8 = torch.as_tensor(weight.view(np.uint8)).view(torch.float8_e4m3fn)
+    theirs = Fp8Dequantize(None)._dequantize_one(fp8, torch.as_tensor(scales), torch.bfloat16)
+    assert theirs.contiguous().view(torch.uint8).numpy().tobytes() == decode_fp8(weight, scales).tobytes()
