@@ -9,8 +9,10 @@ import pathlib
 import shutil
 import struct
 import sys
+import time
 import zipfile
 
+import equinox as eqx
 import jax
 import ml_dtypes  # noqa: F401  # lets safetensors read bfloat16
 import numpy as np
@@ -80,10 +82,25 @@ def check(error: CheckpointError, code: str, file: str, item: str = "") -> None:
 def refused(
     folder: pathlib.Path, code: str, file: str, item: str = "", load=eqx_moe.from_pretrained
 ) -> CheckpointError:
+    started, before = time.process_time(), peak_memory(reset=True)
     with pytest.raises(CheckpointError) as caught:
         load(folder)
+    # Two seconds; but here every function checks the types that it is given, and other tests run beside.
+    assert time.process_time() - started < 4
+    assert peak_memory() - before < 100_000_000
     check(caught.value, code, file, item)
     return caught.value
+
+
+def peak_memory(reset: bool = False) -> int:
+    """The most memory that this process has had since a reset, in bytes; always 0 where that is not to be had."""
+    try:
+        if reset:
+            pathlib.Path("/proc/self/clear_refs").write_text("5")
+        status = pathlib.Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 # --- The container --------------------------------------------------------------------------------------------------
@@ -136,6 +153,25 @@ HEADERS = {
     "entry-without-offsets": ({"x": {"dtype": "F32", "shape": [3]}}, "x"),
     "entry-unknown-field": ({"x": entry(url="http://example.org")}, "x"),
     "byte-order-mark": (b"\xef\xbb\xbf" + json.dumps({"x": entry()}).encode(), ""),
+    "utf16": (json.dumps({"x": entry()}).encode("utf-16"), ""),
+    "half-a-surrogate-pair": (b'{"\xed\xa0\x80": 1}', ""),
+    "two-objects": (b"{}{}", ""),
+    "comma-after-the-last": (b'{"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]},}', ""),
+    "comment": (b'{} // "x"', ""),
+    "infinity": (b'{"x": -Infinity}', ""),
+    "zeros-after": (b"{}" + bytes(6), ""),
+    "number": (b"17", ""),
+    "string": (b'"x"', ""),
+    "null": (b"null", ""),
+    "entry-null": ({"x": None}, "x"),
+    "entry-string": ({"x": "F32"}, "x"),
+    "entry-key-twice": (b'{"x":{"dtype":"F32","dtype":"I32","shape":[3],"data_offsets":[0,12]}}', ""),
+    "metadata-twice": (b'{"__metadata__":{},"__metadata__":{}}', ""),
+    "metadata-null-value": ({"__metadata__": {"format": None}, "x": entry()}, "__metadata__"),
+    "a-million-numbers": (b'{"x":[' + b"1," * 1_000_001 + b"1]}", ""),
+    "half-a-million-keys": (b"{" + b",".join(b'"%d":1' % i for i in range(500_000)) + b"}", ""),
+    "a-long-name": (b'{"' + b"x" * 20_000_000 + b'":1}', ""),
+    "a-wide-name": (('{"' + "x" * 15_000_000 + "\U0001f600" + '":1}').encode(), ""),
 }
 SHAPES = {
     "negative": [-3],
@@ -143,6 +179,9 @@ SHAPES = {
     "string": ["3"],
     "boolean": [True, 3],
     "null": None,
+    "null-inside": [None],
+    "wider-than-64-bits": [2**64],
+    "number": 3,
     "object": {},
     "too-many": [1] * 100,
     "overflow": [2**40, 2**40],
@@ -151,6 +190,13 @@ SHAPES = {
     "nested": [[3]],
 }
 OFFSETS = {
+    "string": ({"x": entry(offsets=("0", "12"))}, "x"),
+    "booleans": ({"x": entry("U8", (1,), (False, True))}, "x"),
+    "past-64-bits": ({"x": entry(offsets=(0, 2**64 - 1))}, "x"),
+    "wraps-around": ({"x": entry(offsets=(2**64 - 12, 2**64))}, "x"),
+    "scalar-of-no-bytes": ({"x": entry(shape=(), offsets=(0, 0))}, "x"),
+    "empty-with-bytes": ({"x": entry(shape=(0, 3))}, "x"),
+    "swapped": ({"x": entry(shape=(1,), offsets=(0, 8)), "y": entry(shape=(2,), offsets=(8, 12))}, "x"),
     "size": ({"x": entry(shape=(4,))}, "x"),
     "dtype-size": ({"x": entry("F16")}, "x"),
     "reversed": ({"x": entry(offsets=(12, 0))}, "x"),
@@ -166,6 +212,7 @@ OFFSETS = {
     "no-tensor-for-the-data": ({}, ""),
     "cut-off": ({"x": entry(shape=(4,), offsets=(0, 16))}, "x"),
     "empty-inside-another": ({"x": entry(), "y": entry(shape=(0,), offsets=(4, 4))}, ""),
+    "forty-thousand-on-one-span": ({f"x{i}": entry() for i in range(40_000)}, "x1"),
     "half-a-byte": ({"x": entry("F4", (3,), (0, 1)), "y": entry("U8", (11,), (1, 12))}, "x"),
 }
 
@@ -275,6 +322,123 @@ TENSORS = {
         for dtype in ("i4", "i8", "u1", "f8", "?", "u2")
     },
 }
+
+
+def put(place, value):
+    def act(tensor):
+        tensor = tensor.copy()
+        tensor[place] = value
+        return tensor
+
+    return act
+
+
+VALUES = {
+    "nan-in-norm": (NORM, put(3, np.nan), "nan at (3,)"),
+    "infinity-in-norm": ("model.layers.1.input_layernorm.weight", put(11, np.inf), "inf at (11,)"),
+    "infinity-in-router": (ROUTER, put((4, 2), -np.inf), "-inf at (4, 2)"),
+    "nan-in-router": (ROUTER, put((0, 0), np.nan), "nan at (0, 0)"),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_values_that_no_training_leaves(single, name, dtype):
+    item, alter, found = VALUES[name]
+    tensors = safetensors.numpy.load_file(single / SINGLE)
+    safetensors.numpy.save_file(tensors | {item: alter(tensors[item])}, single / SINGLE)
+    error = refused(single, "ST-VALUE", SINGLE, item, lambda folder: eqx_moe.from_pretrained(folder, dtype=dtype))
+    assert error.found == found
+
+
+# --- Checksums ------------------------------------------------------------------------------------------------------
+
+
+def verified(folder):
+    return eqx_moe.from_pretrained(folder, verify=True)
+
+
+def flip(name, place):
+    def act(folder):
+        with open(folder / name, "r+b") as file:
+            file.seek(place, os.SEEK_END)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 1]))
+
+    return act
+
+
+def set_sum(name, value):
+    def act(folder):
+        sums = json.loads((folder / SUMS).read_text())["sha256"]
+        edit(folder / SUMS, sha256=sums | {name: value})
+
+    return act
+
+
+SUMS = "eqx_moe.json"
+DAMAGE = {
+    "bit-in-a-weight": (flip(SHARD2, -9), "SUM-DIFFERS", SHARD2, ""),
+    "zeroed-weights": (lambda folder: (folder / SHARD1).write_bytes(blank(folder / SHARD1)), "SUM-DIFFERS", SHARD1, ""),
+    "index": (lambda folder: edit(folder / INDEX, metadata={}), "SUM-DIFFERS", INDEX, ""),
+    "not-listed": (lambda folder: edit(folder / SUMS, sha256={}), "SUM-DIFFERS", INDEX, ""),
+    "other-sum": (set_sum(SHARD1, "0" * 64), "SUM-DIFFERS", SHARD1, ""),
+    "sum-too-short": (set_sum(SHARD1, "0" * 63), "SUM-LIST", SUMS, SHARD1),
+    "sum-number": (set_sum(SHARD1, 7), "SUM-LIST", SUMS, SHARD1),
+    "no-list": (lambda folder: (folder / SUMS).write_text("{}"), "SUM-LIST", SUMS, "sha256"),
+    "no-json": (lambda folder: (folder / SUMS).write_text("{"), "SUM-JSON", SUMS, ""),
+    "no-file": (lambda folder: (folder / SUMS).unlink(), "SUM-MISSING", SUMS, ""),
+    "pipe": (lambda folder: replace_by(SUMS, os.mkfifo)(folder), "SUM-FILE", SUMS, ""),
+}
+
+
+def blank(path: pathlib.Path) -> bytes:
+    raw = path.read_bytes()
+    return raw[:-1000] + bytes(1000)
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_that_no_header_shows(sharded, name):
+    verified(sharded)
+    act, code, file, item = DAMAGE[name]
+    act(sharded)
+    refused(sharded, code, file, item, verified)
+    eqx_moe.from_pretrained(sharded)  # who does not ask does not wait
+
+
+def test_verifying_wants_every_value_finite(single):
+    model = eqx_moe.from_pretrained(single)
+    tensor = model.layers[1].moe.experts.gate.at[2, 3, 4].set(np.nan)
+    model = eqx.tree_at(lambda m: m.layers[1].moe.experts.gate, model, tensor)
+    eqx_moe.save_pretrained(model, single)
+    eqx_moe.from_pretrained(single)
+    assert refused(single, "ST-VALUE", SINGLE, EXPERT, verified).found == "nan at (3, 4)"
+
+
+# --- A save that was killed -----------------------------------------------------------------------------------------
+
+JOURNAL = ".eqx_moe.journal"
+JOURNALS = {
+    "no-json": b"rm -rf /",
+    "list": b"[]",
+    "empty": b"{}",
+    "token": b'{"token": "../../../../x", "files": [], "stale": []}',
+    "path": b'{"token": "0123456789abcdef", "files": ["../config.json"], "stale": []}',
+    "removes-a-config": b'{"token": "0123456789abcdef", "files": [], "stale": ["config.json"]}',
+    "removes-outside": b'{"token": "0123456789abcdef", "files": [], "stale": ["../model.safetensors"]}',
+    "number": b'{"token": "0123456789abcdef", "files": [1], "stale": []}',
+}
+
+
+@pytest.mark.parametrize("name", JOURNALS)
+def test_a_journal_that_is_none_of_ours(single, name):
+    (single / JOURNAL).write_bytes(JOURNALS[name])
+    before = {path: path.read_bytes() for path in single.iterdir()}
+    with pytest.raises(CheckpointError) as caught:
+        eqx_moe.from_pretrained(single)
+    check(caught.value, "ST-SAVE", "model", JOURNAL)
+    assert before == {path: path.read_bytes() for path in single.iterdir()}
 
 
 @pytest.mark.parametrize("name", TENSORS)
@@ -476,8 +640,11 @@ def test_nothing_outside_is_opened(sharded):
         remap(NORM, shard)(sharded)
         refused(sharded, "IDX-PATH", INDEX)
     seen, opened = opened, None
-    # A number is a file that is open already.
-    assert seen and {pathlib.Path(name).parent for name in seen if not name.isdigit()} == {sharded}
+    # A number is a file that is open already; in /proc this file measures.
+    assert seen and {pathlib.Path(name).parent for name in seen if not name.isdigit()} == {
+        sharded,
+        pathlib.Path("/proc/self"),
+    }
 
 
 # --- config.json and generation_config.json -------------------------------------------------------------------------
@@ -655,6 +822,9 @@ def canary(folder):
 
 
 LOOKALIKES = {
+    "header-padded-much": lambda folder: rewrite_header(folder / SHARD1, lambda text: text + b" " * 40_000_000),
+    "remnants-of-a-killed-save": lambda folder: (folder / f".{SHARD1}.0123456789abcdef.tmp").write_bytes(b"half"),
+    "checksums-of-another-model": lambda folder: edit(folder / "eqx_moe.json", sha256={SHARD1: "0" * 64}),
     "header-padded": lambda folder: rewrite_header(folder / SHARD1, lambda text: text + b" " * 1000),
     "header-after-spaces": lambda folder: rewrite_header(folder / SHARD1, lambda text: b"   " + text),
     "header-in-other-order": lambda folder: rewrite_header(folder / SHARD1, reorder),

@@ -11,8 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from eqx_moe.checkpoint.jsonfile import JSONProblem, parse_object
 from eqx_moe.errors import CheckpointError, quote
@@ -24,6 +23,7 @@ DTYPE_BITS = {
     **{"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
 }
 _MAX_HEADER = 100_000_000
+_MAX_TEXT = 16_000_000  # bytes of a header besides the spaces after it: 100,000 tensors and more
 _MAX_DIMENSIONS = 8
 #: What `jax.device_put` asks of a host buffer that it takes over without a copy on CPU, in bytes.
 ALIGNMENT = 64
@@ -46,8 +46,7 @@ _IMPOSTORS = (
 )
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Where a tensor lies: its dtype by the format's name, its shape, and its bytes [start, stop) of the file."""
 
     dtype: str
@@ -75,7 +74,11 @@ def read_header(file: io.FileIO, name: str) -> dict[str, Entry]:
                 raise _problem("ST-FORMAT", name, "a safetensors file", f"looks like {what}", fix=fix)
         raise _problem("ST-FORMAT", name, expected, f"a header length of {length}: cut off or damaged?", fix=_REFETCH)
     file.seek(8)
-    raw = file.read(length)
+    raw = file.read(min(length, _MAX_TEXT))
+    for start in range(len(raw), length, _MAX_TEXT):
+        if file.read(min(_MAX_TEXT, length - start)).strip(b" "):
+            expected = f"a header of at most {_MAX_TEXT} bytes, not counting spaces after it"
+            raise _problem("ST-HEADER", name, expected, f"{length} bytes", fix="spread the tensors over several files")
     try:
         header = parse_object(raw)
     except JSONProblem as error:

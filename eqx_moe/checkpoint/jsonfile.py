@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from typing import Any
 
 from eqx_moe.checkpoint.files import open_plain
@@ -14,32 +15,43 @@ from eqx_moe.errors import CheckpointError, quote
 _KINDS = {
     "config": ("CFG", 8_000_000),
     "generation config": ("CFG", 8_000_000),
-    "index": ("IDX", 100_000_000),
+    "index": ("IDX", 24_000_000),  # the largest models of 2026 have 140,000 tensors, which take 14 MB
     "checksums": ("SUM", 8_000_000),
     "tokenizer": ("TOK", 512_000_000),
     "tokenizer config": ("TOK", 8_000_000),
 }
 _MAX_DEPTH = 64
 _MAX_DIGITS = 20  # 2**64 - 1 has twenty.
+_LONG = re.compile(rb"[0-9]{21}")
+# What Python makes of a text is up to fifty times as large. These keep it below 100 MB, and leave 100,000 tensors.
+_MAX_KEYS, _MAX_VALUES = 400_000, 1_000_000
+_MAX_WIDE = 4_000_000  # bytes of a text that is not all ASCII: one wide character makes all of them four times as wide
 
 
 class JSONProblem(ValueError):
     """Text is not one strict JSON object; the message says why. `parse_object`'s callers add the file."""
 
 
-def parse_object(raw: bytes) -> dict[str, Any]:
+def parse_object(raw: bytes, *, large: bool = False) -> dict[str, Any]:
     """One JSON object in UTF-8: no key twice, no NaN or Infinity, no number past float64, no integer past 20 digits, at
-    most 64 levels deep.
+    most 64 levels deep, at most 400,000 keys and 1,000,000 values unless it is `large`.
 
     Raises:
         JSONProblem: it is anything else.
     """
+    # Marks inside of strings count too: who has so many of them is no config and no header either.
+    marks = {mark: raw.count(mark) for mark in (b":", b",", b"{", b"[")}
+    if not large and (marks.pop(b":") > _MAX_KEYS or sum(marks.values()) > _MAX_VALUES):
+        raise JSONProblem(f"more than {_MAX_KEYS} keys or {_MAX_VALUES} values")
+    if not large and len(raw) > _MAX_WIDE and not raw.isascii():
+        raise JSONProblem(f"{len(raw)} bytes that are not all ASCII")
     try:
         value = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=_object,
             parse_constant=_constant,
-            parse_int=_integer,
+            # A function call for each integer is what a large header's time would go to.
+            parse_int=_integer if _LONG.search(raw) else None,
             parse_float=_float,
         )
     except UnicodeDecodeError as error:
@@ -52,7 +64,12 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         raise JSONProblem(f"a JSON {type(value).__name__}, not an object")
     level: list[Any] = [value]
     for _ in range(_MAX_DEPTH):
-        level = [child for node in level for child in _children(node)]
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
     if level:
         raise JSONProblem(f"more than {_MAX_DEPTH} levels of nesting")
     return value
@@ -76,7 +93,7 @@ def read_json(path: str | os.PathLike, what: str = "config", *, doing: str = "lo
             size = os.fstat(file.fileno()).st_size
             if size > limit:
                 raise JSONProblem(f"{size} bytes; a {what} has at most {limit}")
-            return parse_object(file.readall().removeprefix(codecs.BOM_UTF8))
+            return parse_object(file.readall().removeprefix(codecs.BOM_UTF8), large=what == "tokenizer")
     except JSONProblem as error:
         raise CheckpointError(
             code=f"{prefix}-JSON",
@@ -112,9 +129,3 @@ def _float(digits: str) -> float:
     if not math.isfinite(value):
         raise JSONProblem(f"the number {quote(digits)}, which is too large")
     return value
-
-
-def _children(node: Any) -> list[Any]:
-    if isinstance(node, dict):
-        return list(node.values())
-    return node if isinstance(node, list) else []

@@ -148,9 +148,10 @@ def plan_shards(
             files[-1].append(unit)
             filled += size
 
-    def place(unit: list[Tensor]) -> tuple[bool, int]:
-        odd = sum(_bytes_of(tensor, dtypes) for tensor in unit) % ALIGNMENT != 0
-        return odd, -_dtype(unit[0], dtypes).itemsize
+    def place(unit: list[Tensor]) -> tuple[bool, int, int]:
+        size = sum(_bytes_of(tensor, dtypes) for tensor in unit)
+        # The largest of the odd ones is first: it is the one that is aligned.
+        return (True, -_dtype(unit[0], dtypes).itemsize, -size) if size % ALIGNMENT else (False, 0, 0)
 
     ordered = [{tensor.name: tensor for unit in sorted(file, key=place) for tensor in unit} for file in files]
     if len(ordered) == 1:
