@@ -168,9 +168,16 @@ def _numbers(ours: Decoder, theirs: Any, tokens: np.ndarray) -> tuple[list[Layer
     same = float(np.mean(logits.argmax(-1) == expected.argmax(-1)))
     error = _error(logits, expected)
     new = max(1, min(_NEW_TOKENS, ours.config.max_position_embeddings - tokens.shape[1]))
+    ids = torch.as_tensor(tokens)
     with torch.no_grad():
+        # With a mask of its own: else `generate` takes the padding id, wherever it stands in the prompt, for padding.
         answer = theirs.generate(
-            torch.as_tensor(tokens), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
     text = answer[0, tokens.shape[1] :].tolist()
     mine = generate(ours, tokens.tolist(), max_new_tokens=new, eos_ids=[])[0]
