@@ -108,7 +108,7 @@ def _odd_dtypes(stored: Mapping[str, Stored], tensors: Mapping[str, Tensor]) -> 
     for name in tensors.keys() & stored.keys():
         dtype = stored[name].entry.dtype
         if dtype not in WEIGHT_DTYPES:
-            hint = " (quantised checkpoints are not supported yet)" if dtype[:2] in ("F8", "F6", "F4", "U8") else ""
+            hint = " (quantised, but not FP8 with its scales)" if dtype[:2] in ("F8", "F6", "F4", "U8") else ""
             fix = "export the checkpoint in bfloat16 or float32"
             yield _Problem("ST-DTYPE", name, f"a dtype among {', '.join(WEIGHT_DTYPES)}", f"{dtype}{hint}", fix)
 

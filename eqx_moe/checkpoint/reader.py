@@ -22,6 +22,7 @@ from eqx_moe.checkpoint.mapping import may_be_mapped
 from eqx_moe.checkpoint.matching import match
 from eqx_moe.checkpoint.names import Name, Tensor, matcher
 from eqx_moe.checkpoint.progress import progress
+from eqx_moe.checkpoint.quantised import decoded
 from eqx_moe.checkpoint.shards import Stored, open_weights, threads
 from eqx_moe.errors import CheckpointError, quote
 
@@ -72,13 +73,14 @@ def load_leaves(
     folder = pathlib.Path(folder)
     named = None if dtype == "auto" else weight_dtype(dtype)
     checked = [matcher(template) for template in finite]
-    with open_weights(folder) as stored:
+    with open_weights(folder) as opened:
+        stored = decoded(opened)
         tensors = match(folder, leaves, layouts, stored, skipped=skipped, tied=tied, one_dtype=named is None)
         if verify:
-            verify_checksums(folder, stored)
+            verify_checksums(folder, opened)
         for name, original in tied:
             if name in stored:
-                _check_equal(stored[name], stored[original], name, original)
+                check_equal(stored[name], stored[original], name, original)
         # Leaves that share tensors (gate and up, packed) are read together, each tensor once.
         groups: dict[tuple[str, ...], list[Tensor]] = {}
         for tensor in tensors.values():
@@ -191,7 +193,7 @@ def _mapped(
     path, first = paths[0], stored[0]
     if len(paths) > 1 or first.entry.start % ALIGNMENT or sum(each.size for each in stored) < _LEAST_MAPPED:
         return None
-    if any(WEIGHT_DTYPES[each.entry.dtype] != targets[path] for each in stored):
+    if any(WEIGHT_DTYPES[each.entry.dtype] != targets[path] or each.decode is not None for each in stored):
         return None
     for one, other in itertools.pairwise(stored):
         if other.file is not one.file or other.entry.start != one.entry.stop:
@@ -225,7 +227,7 @@ def _read_tensor(
             for first in range(0, row.shape[1], _PIECE // itemsize):
                 piece = row[run, first : first + _PIECE // itemsize]
                 size = piece.size * itemsize
-                yield size, functools.partial(_read, stored, start, piece, tensor.name)
+                yield size, functools.partial(read_values, stored, start, piece, tensor.name)
                 start += size
 
 
@@ -236,8 +238,12 @@ def _places(tensor: Tensor, buffers: Mapping[str, np.ndarray], kept: range | Non
     return [buffers[part.leaf][(*here, ...)] for part in tensor.parts]
 
 
-def _read(stored: Stored, start: int, target: np.ndarray, name: str) -> None:
-    """Reads a piece of a tensor from the byte `start` of its file, cast if need be."""
+def read_values(stored: Stored, start: int, target: np.ndarray, name: str) -> None:
+    """Reads a piece of a tensor from the byte `start` of its file into a flat array, cast to that one's dtype.
+
+    Raises:
+        CheckpointError: ST-RANGE if a value does not fit.
+    """
     source = WEIGHT_DTYPES[stored.entry.dtype]
     if source == target.dtype:
         stored.read_into(start, target)
@@ -280,7 +286,8 @@ def _check_finite(tensor: Tensor, stored: Stored, buffers: Mapping[str, np.ndarr
                 )
 
 
-def _check_equal(stored: Stored, original: Stored, name: str, original_name: str) -> None:
+def check_equal(stored: Stored, original: Stored, name: str, original_name: str) -> None:
+    """Two tensors that config.json ties must be equal bit for bit; `CheckpointError` with code ST-TIED."""
     for start in range(0, stored.size, _PIECE):
         pieces = [np.empty(min(_PIECE, stored.size - start), np.uint8) for _ in range(2)]
         for each, piece in zip((stored, original), pieces, strict=True):

@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -38,11 +38,15 @@ def threads() -> int:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in an open file. `path` is the file's, for errors."""
+    """A tensor in an open file. `path` is the file's, for errors.
+
+    With `decode`, `entry` is that of the decoded tensor, as if its bytes stood in a file of their own.
+    """
 
     file: io.FileIO
     path: str
     entry: Entry
+    decode: Callable[[int, np.ndarray], None] | None = None
 
     @property
     def size(self) -> int:
@@ -51,6 +55,9 @@ class Stored:
 
     def read_into(self, start: int, target: np.ndarray) -> None:
         """Fills a contiguous array with what the file has from the byte `start` on; threads may share a file."""
+        if self.decode is not None:
+            self.decode(start, target)
+            return
         read_into(self.file, self.path, start, target)
 
 

@@ -24,6 +24,7 @@ from eqx_moe.checkpoint.names import Name, Tensor, plan
 from eqx_moe.checkpoint.progress import progress
 from eqx_moe.checkpoint.replacing import Replacing
 from eqx_moe.checkpoint.shards import INDEX, SINGLE, WEIGHTS
+from eqx_moe.checkpoint.streaming import Unread
 from eqx_moe.errors import CheckpointError
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -32,7 +33,7 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 def save_leaves(
     folder: str | os.PathLike,
-    leaves: Mapping[str, Float[Array | np.ndarray, "..."]],
+    leaves: Mapping[str, Float[Array | np.ndarray, "..."] | Unread],
     names: tuple[Name, ...],
     *,
     max_shard_size: int | str = "5GB",
@@ -42,8 +43,9 @@ def save_leaves(
 ) -> None:
     """Writes the leaves of a model (path -> array) as a folder of safetensors files, beside `other_files`.
 
-    The host holds a leaf at a time; of a leaf that is spread over devices, what one tensor on disk has. If the devices
-    belong to several processes, all must call this: the first writes, the others send, and all wait until it is done.
+    The host holds a leaf at a time; of a leaf that is spread over devices or still in files (`Unread`), what one tensor
+    on disk has. If the devices belong to several processes, all must call this: the first writes, the others send, and
+    all wait until it is done.
 
     Killed at any moment, this leaves the earlier model or the new one, whole (`eqx_moe.checkpoint.replacing`). The
     sha256 of the weights' files goes into eqx_moe.json.
@@ -208,7 +210,10 @@ def _index(shards: Mapping[str, Mapping[str, Tensor]], dtypes: Mapping[str, np.d
 
 
 def _shard(
-    tensors: Mapping[str, Tensor], leaves: Mapping[str, Array | np.ndarray], dtypes: Mapping[str, np.dtype], file: str
+    tensors: Mapping[str, Tensor],
+    leaves: Mapping[str, Array | np.ndarray | Unread],
+    dtypes: Mapping[str, np.dtype],
+    file: str,
 ) -> Iterator[bytes | memoryview]:
     """The bytes of one file, a part of a tensor at a time."""
     yield write_header({t.name: (FORMAT_NAMES[_dtype(t, dtypes)], t.shape) for t in tensors.values()})
@@ -217,7 +222,9 @@ def _shard(
     for tensor in tensors.values():
         if paths != (paths := tuple(part.leaf for part in tensor.parts)):
             hosts.clear()  # before the next ones: elsewhere than on CPU these are copies
-            hosts.update({path: _host(leaf) for path in paths if not _is_spread(leaf := leaves[path])})
+            for path in paths:
+                if not isinstance(leaf := leaves[path], Unread) and not _is_spread(leaf):
+                    hosts[path] = _host(leaf)
         blocks = [
             np.ascontiguousarray(hosts[part.leaf][(*part.index, ...)])
             if part.leaf in hosts
@@ -264,11 +271,13 @@ def _is_spread(leaf: Array | np.ndarray) -> bool:
     return isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
 
 
-def assemble(leaf: Array | np.ndarray, index: tuple[int, ...]) -> Float[np.ndarray, "..."]:
-    """The entry `index` of a leaf that is spread over devices, on the host.
+def assemble(leaf: Array | np.ndarray | Unread, index: tuple[int, ...]) -> Float[np.ndarray, "..."]:
+    """The entry `index` of a leaf that is spread over devices, or in files yet, on the host.
 
     Where devices of other processes hold parts, all processes take part, and every device gets the whole entry.
     """
+    if isinstance(leaf, Unread):
+        return leaf.read(index)
     assert isinstance(leaf, jax.Array)
     if not leaf.is_fully_addressable:
         assert isinstance(leaf.sharding, NamedSharding), leaf.sharding

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from eqx_moe.checkpoint.quantised import BLOCK
 from eqx_moe.errors import CheckpointError
 
 IGNORED = {
@@ -229,10 +230,7 @@ def fields_from_json(
     if len(spellings) == 2:
         _agree(spellings[0], spellings[1], "torch_dtype", "dtype")
     dtype = spellings[0] if spellings else None
-    if data.get("quantization_config") is not None:
-        raise ConfigError(
-            "quantization_config", "absent: quantised checkpoints are not supported yet", data["quantization_config"]
-        )
+    _check_container(data.pop("quantization_config", None))
     known = {field.name for field in dataclasses.fields(config)} - {"extra", "rope_parameters", "dtype"}
     hints = typing.get_type_hints(config)
     values: dict[str, Any] = {key: typed(key, data[key], hints[key]) for key in sorted(known) if key in data}
@@ -247,6 +245,14 @@ def fields_from_json(
     extra = tuple((k, json.dumps(v)) for k, v in rest.items() if k not in _REWRITTEN)
     dtype = typed("dtype", dtype, hints["dtype"])
     return values | {"rope_parameters": rope_from_json(rope), "dtype": dtype, "extra": extra}
+
+
+def _check_container(container: Any) -> None:
+    """Weights in a quantised container are decoded as they are read, so that nothing of it is kept in the config."""
+    if container is not None:
+        keys = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+        if not isinstance(container, dict) or any(container.get(key) != value for key, value in keys.items()):
+            raise ConfigError("quantization_config", f"absent, or with {keys}: no other container is read", container)
 
 
 def _agree(found: Any, other: Any, spelled: str, proper: str) -> None:
