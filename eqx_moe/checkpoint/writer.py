@@ -94,7 +94,7 @@ def save_leaves(
 
 
 def weight_files(
-    leaves: Mapping[str, Float[Array | np.ndarray, "..."]],
+    leaves: Mapping[str, Float[Array | np.ndarray, "..."] | Unread],
     names: tuple[Name, ...],
     *,
     max_shard_size: int | str,
@@ -128,7 +128,10 @@ def weight_files(
 def _size(leaves: Mapping[str, Any], dtype: str | None, keep_fp32: tuple[str, ...]) -> int:
     """Bytes of all weights as they will be written."""
     named = None if dtype is None else weight_dtype(dtype)
-    return sum(leaf.size * target_dtype(path, leaf.dtype, named, keep_fp32).itemsize for path, leaf in leaves.items())
+    return sum(
+        math.prod(leaf.shape) * target_dtype(path, leaf.dtype, named, keep_fp32).itemsize
+        for path, leaf in leaves.items()
+    )
 
 
 def is_of_one_process(leaves: Mapping[str, Any]) -> bool:
