@@ -10,7 +10,7 @@ _TEXT = """\
 
 A `{architecture}` with {parameters}, in {dtype}.
 
-With [eqx_moe](https://pypi.org/project/eqx_moe/), in JAX:
+With `eqx_moe`, in JAX:
 
 ```python
 import eqx_moe
