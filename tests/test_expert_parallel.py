@@ -55,7 +55,7 @@ class Case:
     dy: jax.Array
 
 
-def make_case(kind: str, shape: tuple[int, int], seed: int = 0) -> Case:
+def make_case(kind: str, shape: tuple[int, int], seed: int = 0, experts: int = EXPERTS, k: int = K) -> Case:
     """Routing at random, or all tokens to the same experts (on one device, if it holds so many), or much padding."""
     random = np.random.default_rng(seed)
     x, dy = random.normal(size=(2, *shape, HIDDEN)).astype(np.float32)
@@ -63,10 +63,10 @@ def make_case(kind: str, shape: tuple[int, int], seed: int = 0) -> Case:
         chosen = np.tile(random.permutation(2) + 2 * random.integers(0, EXPERTS // 2), (*shape, 1))
         chosen = np.concatenate([chosen, (chosen[..., :1] + 5) % EXPERTS], axis=-1)
     else:
-        chosen = np.argsort(random.random((*shape, EXPERTS)), axis=-1)[..., :K]
+        chosen = np.argsort(random.random((*shape, experts)), axis=-1)[..., :k]
     mask = random.random(shape) < (0.4 if kind == "padding" else 1.0)
-    chosen = np.where(mask[..., None], chosen, EXPERTS).astype(np.int32)
-    weights = random.normal(size=(*shape, K)).astype(np.float32)
+    chosen = np.where(mask[..., None], chosen, experts).astype(np.int32)
+    weights = random.normal(size=(*shape, k)).astype(np.float32)
     return Case(jnp.asarray(x), Routing(jnp.asarray(chosen), jnp.asarray(weights)), jnp.asarray(mask), jnp.asarray(dy))
 
 
@@ -153,6 +153,28 @@ def test_equals_dense_on_every_mesh(shape):
 @pytest.mark.parametrize("shape", [(2, 4, 1), (1, 2, 4)], ids=str)
 def test_all_to_all_equals_dense(shape):
     check(ExpertParallel(make_mesh(shape), method="all_to_all"), ALL)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "count", "k"),
+    [
+        # More choices than a device has experts, one choice, and many of many.
+        ("ring", (1, 8, 1), 8, 5),
+        ("all_to_all", (2, 4, 1), 4, 1),
+        ("ring", (2, 2, 2), 64, 8),
+        pytest.param("all_to_all", (1, 8, 1), 8, 5, marks=pytest.mark.full),
+        pytest.param("all_to_all", (2, 4, 1), 64, 8, marks=pytest.mark.full),
+        pytest.param("ring", (8, 1, 1), 1, 1, marks=pytest.mark.full),
+    ],
+)
+def test_other_numbers_of_experts_and_choices(name, shape, count, k):
+    execution, experts = ExpertParallel(make_mesh(shape), name), draw_experts(count, HIDDEN, FFN)
+    for seed, kind in enumerate(("random", "padding")):
+        case = make_case(kind, ALL, seed, count, k)
+        inputs = (case.x, case.routing, case.mask, case.dy, experts)
+        (found, drops), (expected, _) = run(execution, *inputs), run(Dense(), *inputs)
+        assert_equal(found, expected)
+        assert drops == 0
 
 
 @pytest.mark.full

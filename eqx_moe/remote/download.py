@@ -205,16 +205,26 @@ class Snapshot:
 
     def _one(self, name: str, advance: Callable[[int], None]) -> None:
         expected, path = self._expected(name), self.folder / name
-        for _ in range(_TRIES):
+        wrong = 0
+        while wrong < _TRIES:
             came = 0 if exists(path) else self._download(name, advance)
-            if expected is None or self._is_marked(name, expected):
+            if expected is None:
                 return
-            if _hash(path, len(expected)) == expected:
-                _write_if_possible(*self._mark_of(name, expected))
-                return
-            # Not what the Hub says that it has: out of the cache, where others would take it for whole.
-            for wrong in {path.resolve(), path}:
-                wrong.unlink(missing_ok=True)
+            try:
+                if self._is_marked(name, expected):
+                    return
+                looked_at = path.stat()
+                if _hash(path, len(expected)) == expected:
+                    _write_if_possible(*self._mark_of(name, expected))
+                    return
+                # Not what the Hub says that it has: out of the cache, where others would take it for whole. Unless
+                # another process has done so, and brought the right one.
+                if os.path.samestat(path.stat(), looked_at):
+                    for file in {path.resolve(), path}:
+                        file.unlink(missing_ok=True)
+                wrong += 1
+            except FileNotFoundError:
+                pass  # Another process found it wrong, and has removed it.
             advance(-came)
             if not self.online:
                 break
