@@ -1,17 +1,16 @@
-"""What the programs have in common: usage, exit status, errors in one short paragraph, where a result may go."""
+"""What the programs have in common: usage, and where a result may go. `eqx_moe.cli.run_command` runs them."""
 
 import argparse
 import contextlib
 import os
 import pathlib
-import sys
 import textwrap
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from eqx_moe.checkpoint.dtypes import FORMAT_NAMES
 from eqx_moe.checkpoint.writer import parse_size
-from eqx_moe.errors import CheckpointError, EqxMoeError
+from eqx_moe.cli import nothing_half_made
+from eqx_moe.errors import CheckpointError
 
 
 def command(name: str, description: str, examples: Sequence[str]) -> argparse.ArgumentParser:
@@ -45,38 +44,6 @@ def add_shard_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(
-    parser: argparse.ArgumentParser, do: Callable[[argparse.Namespace], None], arguments: Sequence[str] | None
-) -> int:
-    """Runs a command line and returns its exit status: 0, 1 (failed), 2 (wrong usage), 130 (Ctrl-C)."""
-    try:
-        args = parser.parse_args(arguments)
-    except SystemExit as stop:  # argparse has said why.
-        return stop.code if isinstance(stop.code, int) else 2
-
-    def show(message, category, filename, lineno, file=None, line=None):
-        print(f"{parser.prog}: warning: {message}", file=sys.stderr)
-
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = show
-            do(args)
-            sys.stdout.flush()
-        return 0
-    except KeyboardInterrupt:
-        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader (`| head`) has gone. Python would complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        if args.debug:
-            raise
-        print(f"{parser.prog}: {_describe(error)}", file=sys.stderr)
-        return 1
-
-
 @contextlib.contextmanager
 def new_folder(target: pathlib.Path) -> Iterator[None]:
     """Wants a folder that is empty or not there yet. If what follows fails, folders made for it go again.
@@ -95,14 +62,8 @@ def new_folder(target: pathlib.Path) -> Iterator[None]:
             found="one that holds files" if taken else "something else of that name",
             fix="name another DST, or remove it",
         )
-    made = [folder for folder in (target, *target.parents) if not folder.exists()]
-    try:
+    with nothing_half_made(target):
         yield
-    except BaseException:
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
 
 
 def _size(text: str) -> str:
@@ -112,13 +73,3 @@ def _size(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error).replace("`max_shard_size` ", "")) from error
     return text
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, (EqxMoeError, ValueError)):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    # Not one that was foreseen: the first line of what it says, and how to see the rest.
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]} (--debug shows where)"

@@ -16,11 +16,9 @@ from eqx_moe.checkpoint.progress import progress
 from eqx_moe.checkpoint.streaming import Unread, open_leaves
 from eqx_moe.checkpoint.writer import save_leaves
 from eqx_moe.errors import EqxMoeError
-from eqx_moe.hub import load_config
+from eqx_moe.hub import TIED, load_config
 from eqx_moe.models import config_to_json, family_of, skeleton
 
-#: With tied embeddings some writers store the head all the same.
-TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
 # What else than weights goes along: tokenizers, templates, licences, cards. Code never does.
 _ALONG = re.compile(r"[^.].*\.(json|jinja|txt|model|model\.v\d+|tiktoken|md)|(LICENSE|LICENCE|NOTICE|USE_POLICY).*")
 _LEFT = re.compile(r"config\.json|params\.json|eqx_moe\.json|.*\.index\.json")

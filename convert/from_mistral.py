@@ -4,10 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from convert.command import add_shard_size, add_target, command, new_folder, run
-from convert.folders import compare, open_folder, write_folder
+from convert.command import add_shard_size, add_target, command, new_folder
+from convert.folders import open_folder, write_folder
 from convert.mistral import open_mistral
-from convert.rewriting import written
+from convert.rewriting import verify, written
+from eqx_moe.cli import run_command
 
 _DESCRIPTION = """\
 Write a folder that eqx_moe and transformers load from one in Mistral's own layout: consolidated*.safetensors and
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command("from_mistral", _DESCRIPTION, _EXAMPLES)
     add_target(parser)
     add_shard_size(parser)
-    return run(parser, _convert, arguments)
+    return run_command(parser, _convert, arguments)
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -31,9 +32,7 @@ def _convert(args: argparse.Namespace) -> None:
         write_folder(source, args.target, "original", args.max_shard_size)
         print(written(source, args.target))
         if args.verify:
-            with open_folder(args.target) as result:
-                compare(source, result)
-            print(f"verified: {len(source.leaves)} arrays, bit for bit")
+            verify(source, open_folder(args.target))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 
-from convert.command import command, run
-from convert.folders import TIED
+from convert.command import command
 from eqx_moe.checkpoint.matching import match
 from eqx_moe.checkpoint.names import Part, leaf_paths, matcher
 from eqx_moe.checkpoint.quantised import decoded
 from eqx_moe.checkpoint.shards import open_weights
-from eqx_moe.hub import load_config
+from eqx_moe.cli import run_command
+from eqx_moe.hub import TIED, load_config
 from eqx_moe.models import family_of, skeleton
 
 _DESCRIPTION = """\
@@ -23,7 +23,7 @@ _EXAMPLES = [
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return run(command("names", _DESCRIPTION, _EXAMPLES), _print, arguments)
+    return run_command(command("names", _DESCRIPTION, _EXAMPLES), _print, arguments)
 
 
 def _print(args: argparse.Namespace) -> None:

@@ -2,9 +2,11 @@
 
 import argparse
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
-from convert.command import add_shard_size, add_target, command, new_folder, run
+from convert.command import add_shard_size, add_target, command, new_folder
 from convert.folders import Source, compare, left_out, most_common_dtype, open_folder, write_folder
+from eqx_moe.cli import run_command
 
 
 def rewrite(name: str, description: str, examples: Sequence[str], layout: str, arguments: Sequence[str] | None) -> int:
@@ -18,11 +20,16 @@ def rewrite(name: str, description: str, examples: Sequence[str], layout: str, a
             write_folder(source, args.target, layout, args.max_shard_size)
             print(written(source, args.target))
             if args.verify:
-                with open_folder(args.target) as result:
-                    compare(source, result)
-                print(f"verified: {len(source.leaves)} arrays, bit for bit")
+                verify(source, open_folder(args.target))
 
-    return run(parser, do, arguments)
+    return run_command(parser, do, arguments)
+
+
+def verify(source: Source, opened: AbstractContextManager[Source]) -> None:
+    """Reads what was written, and wants it equal to what it was made of."""
+    with opened as result:
+        compare(source, result)
+    print(f"verified: {len(source.leaves)} arrays, bit for bit")
 
 
 def written(source: Source, target) -> str:

@@ -5,12 +5,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from convert.command import add_target, command, new_folder, run
-from convert.folders import compare, json_bytes, open_folder, small_files
+from convert.command import add_target, command, new_folder
+from convert.folders import json_bytes, open_folder, small_files
 from convert.mistral import CONSOLIDATED, PARAMS, names, open_mistral, params_of, reordered, to_pairs
-from convert.rewriting import written
+from convert.rewriting import verify, written
+from eqx_moe.checkpoint.checksums import CHECKSUMS
 from eqx_moe.checkpoint.shards import SINGLE
 from eqx_moe.checkpoint.writer import save_leaves
+from eqx_moe.cli import run_command
 
 _DESCRIPTION = """\
 Write a Mistral or a Mixtral in Mistral's own layout, consolidated.safetensors and params.json, from a Hugging Face
@@ -25,7 +27,7 @@ _ONE_FILE = 2**63
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command("to_mistral", _DESCRIPTION, _EXAMPLES)
     add_target(parser)
-    return run(parser, _convert, arguments)
+    return run_command(parser, _convert, arguments)
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -36,14 +38,12 @@ def _convert(args: argparse.Namespace) -> None:
             leaves = reordered(source.leaves, source.config, to_pairs)
             save_leaves(args.target, leaves, names(source.config), max_shard_size=_ONE_FILE, other_files=files)
             # What has checksums of the file has them under its name.
-            (args.target / "eqx_moe.json").unlink(missing_ok=True)
+            (args.target / CHECKSUMS).unlink(missing_ok=True)
             # Last: until then the folder is none that anything loads.
             os.rename(args.target / SINGLE, args.target / CONSOLIDATED)
             print(written(source, args.target))
             if args.verify:
-                with open_mistral(args.target) as result:
-                    compare(source, result)
-                print(f"verified: {len(source.leaves)} arrays, bit for bit")
+                verify(source, open_mistral(args.target))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from convert.command import command, run
+from convert.command import command
 from convert.folders import Source, compare, open_folder, write_folder
 from convert.report import Check, Layer, write_report
 from eqx_moe.checkpoint.files import exists
 from eqx_moe.checkpoint.jsonfile import read_json
 from eqx_moe.checkpoint.names import Tensor, plan
 from eqx_moe.checkpoint.progress import progress
+from eqx_moe.cli import run_command
 from eqx_moe.errors import EqxMoeError
 from eqx_moe.generation import generate
 from eqx_moe.hub import from_pretrained, load_tokenizer
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=pathlib.Path, metavar="FOLDER", help="where the page goes (./verify-NAME, NAME being that of SRC)"
     )
     parser.add_argument("--prompt", default=_PROMPT, metavar="TEXT", help="the text to compare on (a sentence)")
-    return run(parser, _verify, arguments)
+    return run_command(parser, _verify, arguments)
 
 
 def _verify(args: argparse.Namespace) -> None:

@@ -8,28 +8,35 @@ import pathlib
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from eqx_moe.errors import CheckpointError, EqxMoeError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs an `eqx-moe` command line; see `run_command`."""
+    return run_command(_parser(), lambda args: args.run(args), arguments)
+
+
+def run_command(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], arguments: Sequence[str] | None
+) -> int:
     """Runs a command line and returns its exit status: 0, 1 (failed), 2 (wrong usage), 130 (Ctrl-C).
 
-    What a command has to say goes to stdout; errors, warnings and progress go to stderr.
+    What a command has to say goes to stdout; errors, warnings and progress go to stderr. The parser has a `--debug`.
     """
     try:
-        args = _parser().parse_args(arguments)
+        args = parser.parse_args(arguments)
     except SystemExit as stop:  # argparse has said why.
         return stop.code if isinstance(stop.code, int) else 2
     try:
-        with _short_warnings():
-            args.run(args)
+        with _short_warnings(parser.prog):
+            run(args)
             sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
-        print("\neqx-moe: interrupted", file=sys.stderr)
+        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader (`| head`) has gone. Python would complain once more when it flushes stdout at exit.
@@ -38,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        print(f"eqx-moe: {_describe(error)}", file=sys.stderr)
+        print(f"{parser.prog}: {_describe(error)}", file=sys.stderr)
         return 1
 
 
@@ -53,11 +60,11 @@ def _describe(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _short_warnings() -> Iterator[None]:
+def _short_warnings(prog: str) -> Iterator[None]:
     """Warnings as one line each, without the line of code that they come from."""
 
     def show(message, category, filename, lineno, file=None, line=None):
-        print(f"eqx-moe: warning: {message}", file=sys.stderr)
+        print(f"{prog}: warning: {message}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show
@@ -382,7 +389,7 @@ def _finetune(args: argparse.Namespace) -> None:
     losses = [metrics["cross_entropy"] for metrics in history]
     first, last = sum(losses[:edge]) / edge, sum(losses[-edge:]) / edge
     print(f"loss {first:.4f} in the first {edge} of {args.steps} steps, {last:.4f} in the last {edge}")
-    with _nothing_half_made(target):
+    with nothing_half_made(target):
         save_pretrained(model, target, tokenizer=tokenizer, dtype=config.dtype)
     print(f"written to {target}")
 
@@ -408,7 +415,7 @@ def _refuse_taken(target: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _nothing_half_made(target: pathlib.Path) -> Iterator[None]:
+def nothing_half_made(target: pathlib.Path) -> Iterator[None]:
     """If saving fails or is interrupted, folders that it made and left empty go again."""
     made = [folder for folder in (target, *target.parents) if not folder.exists()]
     try:

@@ -48,8 +48,8 @@ from eqx_moe.remote.space import check_memory, gigabytes, memory_needs
 
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-# With tied embeddings some writers store the head all the same.
-_TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
+#: With tied embeddings some writers store the head all the same.
+TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
 # A router with a NaN in it still routes, somehow.
 _ROUTERS = ("layers.{l}.moe.router.weight",)
 
@@ -183,7 +183,7 @@ def from_pretrained(
         leaf_paths(model),
         family.names(config),
         skipped=family.skipped,
-        tied=_TIED if config.tie_word_embeddings else (),
+        tied=TIED if config.tie_word_embeddings else (),
         dtype=named,
         keep_fp32=family.keep_fp32,
         finite=_ROUTERS,
@@ -305,7 +305,7 @@ def match_weights(stored: Mapping[str, Stored], folder: pathlib.Path, config: An
         family.names(config),
         stored,
         skipped=family.skipped,
-        tied=_TIED if config.tie_word_embeddings else (),
+        tied=TIED if config.tie_word_embeddings else (),
         one_dtype=one_dtype,
     )
 

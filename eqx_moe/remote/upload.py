@@ -134,14 +134,13 @@ def _upload(client: Any, repo: str, branch: str, create_pr: bool, files: Mapping
         for name, content in files.items():
             if isinstance(content, bytes):
                 continue
-            if not isinstance(content, pathlib.Path):
-                _write(folder / name, content())
-            large.append(CommitOperationAdd(name, content if isinstance(content, pathlib.Path) else folder / name))
+            path = content if isinstance(content, pathlib.Path) else _write(folder / name, content())
+            large.append(CommitOperationAdd(name, path))
             if WEIGHTS.fullmatch(name):
                 sums[name] = large[-1].upload_info.sha256.hex()
             upload(large[-1])
-            if not isinstance(content, pathlib.Path):
-                (folder / name).unlink()
+            if path is not content:
+                path.unlink()
     if CHECKSUMS not in files:
         small.append(CommitOperationAdd(CHECKSUMS, checksums_json(sums)))
     upload(*small)
@@ -230,10 +229,11 @@ def _hashes(addition: Any) -> set[str]:
     return {hashlib.sha256(content).hexdigest(), git.hexdigest()}
 
 
-def _write(path: pathlib.Path, content: Iterable[bytes | memoryview]) -> None:
+def _write(path: pathlib.Path, content: Iterable[bytes | memoryview]) -> pathlib.Path:
     with open(path, "xb") as file:
         for piece in content:
             file.write(piece)
+    return path
 
 
 def _state(path: pathlib.Path) -> tuple[int, int]:

@@ -109,7 +109,7 @@ def plan_step(
     )
     step = _Step(model, sharding, rows, length)
     layers = [step.layer(i, block) for i, block in enumerate(model.layers)]
-    vocabulary = {path: step.weight(place) for path, place in sharding.items() if path.split(".")[0] in _ENDS}
+    vocabulary = [step.weight(place) for path, place in sharding.items() if path.split(".")[0] in _ENDS]
     return StepPlan(
         sharding=sharding,
         rows=rows,
@@ -121,9 +121,8 @@ def plan_step(
         gradients=sharding.bytes_per_device,
         copies=sharding.bytes_per_device,
         kept=sum(layer.kept for layer in layers),
-        working=max(layer.working for layer in layers)
-        + _VOCAB * max(weight.gathered for weight in vocabulary.values()),
-        sent=step.sent(layers, list(vocabulary.values())),
+        working=max(layer.working for layer in layers) + _VOCAB * max(weight.gathered for weight in vocabulary),
+        sent=step.sent(layers, vocabulary),
     )
 
 
