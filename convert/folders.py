@@ -48,7 +48,7 @@ def open_folder(folder: pathlib.Path, dtype: str = "auto") -> Iterator[Source]:
         folder,
         leaf_paths(skeleton(config)),
         family.names(config),
-        skipped=family.skipped,
+        skipped=family.skipped(config),
         tied=TIED if config.tie_word_embeddings else (),
         dtype=dtype,
         keep_fp32=family.keep_fp32,

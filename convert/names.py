@@ -41,14 +41,14 @@ def _rows(folder) -> Iterator[tuple[str, str, str, str]]:
     with open_weights(folder) as stored:
         readable = decoded(stored)
         tensors = match(
-            folder, leaves, family.names(config), readable, skipped=family.skipped, tied=tied, one_dtype=False
+            folder, leaves, family.names(config), readable, skipped=family.skipped(config), tied=tied, one_dtype=False
         )
         for name, tensor in tensors.items():
             yield " + ".join(map(_ours, tensor.parts)), name, *_form(stored[name].entry)
         for name, original in tied:
             if name in stored:
                 yield f"= {original}", name, *_form(stored[name].entry)
-        for template, reason in family.skipped.items():
+        for template, reason in family.skipped(config).items():
             for name in filter(matcher(template).fullmatch, stored):
                 yield f"- ({reason})", name, *_form(stored[name].entry)
         for name in sorted(stored.keys() - readable.keys()):

@@ -111,7 +111,9 @@ def _round_trip(source: Source, packed: pathlib.Path, original: pathlib.Path) ->
 def _tensors(name: str, source: Source, theirs: Any) -> Check:
     """Each parameter of theirs, named as transformers holds it in memory, against our leaves."""
     tensors = plan(family_of(source.config).names(source.config)["packed"], source.leaves)
+    buffers = dict(theirs.named_buffers())
     parameters = dict(theirs.named_parameters())
+    parameters |= {name: value for name, value in theirs.state_dict().items() if name in buffers}
     odd = sorted(tensors.keys() ^ parameters.keys())
     with progress("comparing tensors", source.size) as bar:
         for path in tensors.keys() & parameters.keys():
@@ -125,7 +127,7 @@ def _tensors(name: str, source: Source, theirs: Any) -> Check:
 
 def _joined(tensor: Tensor, source: Source) -> np.ndarray:
     parts = [source.leaves[part.leaf].read(part.index) for part in tensor.parts]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-2)
+    return tensor.joined(parts) if len(parts) > 1 or tensor.strided else parts[0]
 
 
 def _same_bits(ours: np.ndarray, theirs: Any) -> bool:

@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from eqx_moe.errors import CheckpointError as CheckpointError
     from eqx_moe.errors import EqxMoeError as EqxMoeError
     from eqx_moe.family.config import RopeParameters as RopeParameters
+    from eqx_moe.family.deepseek_v3 import DeepseekV3Config as DeepseekV3Config
+    from eqx_moe.family.gpt_oss import GptOssConfig as GptOssConfig
     from eqx_moe.family.llama import LlamaConfig as LlamaConfig
     from eqx_moe.family.mistral import MistralConfig as MistralConfig
     from eqx_moe.family.mixtral import MixtralConfig as MixtralConfig
+    from eqx_moe.family.olmoe import OlmoeConfig as OlmoeConfig
     from eqx_moe.family.qwen2 import Qwen2Config as Qwen2Config
     from eqx_moe.family.qwen3 import Qwen3Config as Qwen3Config
+    from eqx_moe.family.qwen3_moe import Qwen3MoeConfig as Qwen3MoeConfig
     from eqx_moe.generation import generate as generate
     from eqx_moe.generation import stream as stream
     from eqx_moe.hub import from_pretrained as from_pretrained
@@ -56,6 +60,10 @@ _PUBLIC = {
     "MixtralConfig": "eqx_moe.family.mixtral",
     "Qwen2Config": "eqx_moe.family.qwen2",
     "Qwen3Config": "eqx_moe.family.qwen3",
+    "DeepseekV3Config": "eqx_moe.family.deepseek_v3",
+    "GptOssConfig": "eqx_moe.family.gpt_oss",
+    "OlmoeConfig": "eqx_moe.family.olmoe",
+    "Qwen3MoeConfig": "eqx_moe.family.qwen3_moe",
     "generate": "eqx_moe.generation",
     "stream": "eqx_moe.generation",
     "from_pretrained": "eqx_moe.hub",

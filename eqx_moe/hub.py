@@ -182,7 +182,7 @@ def from_pretrained(
         folder,
         leaf_paths(model),
         family.names(config),
-        skipped=family.skipped,
+        skipped=family.skipped(config),
         tied=TIED if config.tie_word_embeddings else (),
         dtype=named,
         keep_fp32=family.keep_fp32,
@@ -304,7 +304,7 @@ def match_weights(stored: Mapping[str, Stored], folder: pathlib.Path, config: An
         leaf_paths(skeleton(config)),
         family.names(config),
         stored,
-        skipped=family.skipped,
+        skipped=family.skipped(config),
         tied=TIED if config.tie_word_embeddings else (),
         one_dtype=one_dtype,
     )

@@ -14,7 +14,7 @@ from jaxtyping import PRNGKeyArray
 from eqx_moe.checkpoint.names import leaf_paths, replace_leaves
 from eqx_moe.errors import CheckpointError
 from eqx_moe.execution import AbstractExecution, resolve
-from eqx_moe.family import FAMILIES, Family
+from eqx_moe.family import BY_MODEL_TYPE, FAMILIES, Family
 from eqx_moe.nn.decoder import Decoder
 from eqx_moe.nn.moe import MoE
 from eqx_moe.nn.stack import Stack, block_of, stack_layers, unstack_layers
@@ -39,17 +39,17 @@ def family_of(config: object) -> Family:
 def parse_config(data: Mapping[str, Any], file: str) -> Any:
     """The config dataclass from a config.json object; `model_type` chooses the family."""
     model_type = data.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in BY_MODEL_TYPE:
         raise CheckpointError(
             code="CFG-MODEL-TYPE",
             doing="reading the config of a model",
             file=file,
             item="model_type",
-            expected=f"one of {sorted(FAMILIES)}",
+            expected=f"one of {sorted(BY_MODEL_TYPE)}",
             found=repr(model_type)[:200],
             fix="this version supports no other family; docs/architecture.md says what adding one takes",
         )
-    return FAMILIES[model_type].parse(data, file)
+    return BY_MODEL_TYPE[model_type].parse(data, file)
 
 
 def config_to_json(config: Any, dtype: str) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def plan_sharding(model: Decoder, mesh: AnyMesh) -> Plan:
     Raises:
         ValueError: an axis that is not `data`, `expert` or `tensor`; experts that the axis `expert` does not divide.
     """
-    return plan(leaf_paths(model), mesh, model.head_dims)
+    return plan(leaf_paths(model), mesh, model.head_sizes)
 
 
 def gathered_along_data(model: Decoder) -> Decoder:

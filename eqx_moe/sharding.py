@@ -41,11 +41,19 @@ RULES: dict[str, tuple[str | None, ...]] = {
     "attention.q.weight": (HEADS, DATA),
     "attention.k.weight": (HEADS, DATA),
     "attention.v.weight": (HEADS, DATA),
+    "attention.q_a.weight": (None, DATA),
+    "attention.kv_a.weight": (None, DATA),
+    "attention.kv_b.weight": (HEADS, DATA),
     "attention.q.bias": (HEADS,),
     "attention.k.bias": (HEADS,),
     "attention.v.bias": (HEADS,),
     "attention.q_norm.weight": (None,),
     "attention.k_norm.weight": (None,),
+    "attention.q_a.bias": (None,),
+    "attention.q_a_norm.weight": (None,),
+    "attention.kv_a.bias": (None,),
+    "attention.kv_a_norm.weight": (None,),
+    "attention.sinks": (None,),
     "attention.o.weight": (DATA, HEADS),
     "attention.o.bias": (None,),
     "mlp.gate.weight": (TENSOR, DATA),
@@ -55,10 +63,17 @@ RULES: dict[str, tuple[str | None, ...]] = {
     "mlp.up.bias": (TENSOR,),
     "mlp.down.bias": (None,),
     "moe.router.weight": (None, DATA),
+    "moe.router.bias": (None,),
     "moe.router.selection_bias": (None,),
     "moe.experts.gate": (EXPERT, TENSOR, DATA),
     "moe.experts.up": (EXPERT, TENSOR, DATA),
     "moe.experts.down": (EXPERT, DATA, TENSOR),
+    "moe.experts.gate_bias": (EXPERT, TENSOR),
+    "moe.experts.up_bias": (EXPERT, TENSOR),
+    "moe.experts.down_bias": (EXPERT, None),
+    "moe.shared.gate.weight": (TENSOR, DATA),
+    "moe.shared.up.weight": (TENSOR, DATA),
+    "moe.shared.down.weight": (DATA, TENSOR),
 }
 
 AnyMesh = Mesh | AbstractMesh
@@ -164,22 +179,22 @@ class Plan(Mapping[str, Placement]):
         return "\n".join(lines)
 
 
-def plan(leaves: Mapping[str, Any], mesh: AnyMesh, head_dims: Mapping[str, int]) -> Plan:
+def plan(leaves: Mapping[str, Any], mesh: AnyMesh, head_sizes: Mapping[str, int]) -> Plan:
     """Where each weight of a model goes.
 
     Args:
         leaves: path -> array or `jax.ShapeDtypeStruct`.
         mesh: an `AbstractMesh` will do: no device is needed for a plan.
-        head_dims: path of each attention part -> the size of its heads, which are never split.
+        head_sizes: path of each linear map that is made of heads -> the size of these, which are never split.
 
     Raises:
         ValueError: an unknown axis; experts that the axis `expert` does not divide; a weight that no rule names.
     """
     mesh = check_mesh(mesh)
-    return Plan(mesh, {path: _place(path, leaf, mesh, head_dims) for path, leaf in leaves.items()})
+    return Plan(mesh, {path: _place(path, leaf, mesh, head_sizes) for path, leaf in leaves.items()})
 
 
-def _place(path: str, leaf: Any, mesh: AnyMesh, head_dims: Mapping[str, int]) -> Placement:
+def _place(path: str, leaf: Any, mesh: AnyMesh, head_sizes: Mapping[str, int]) -> Placement:
     suffix = next((suffix for suffix in RULES if path == suffix or path.endswith("." + suffix)), None)
     if suffix is None:
         raise ValueError(f"No rule of `eqx_moe.sharding.RULES` says how to split the weight {path!r}.")
@@ -189,7 +204,7 @@ def _place(path: str, leaf: Any, mesh: AnyMesh, head_dims: Mapping[str, int]) ->
     spec: list[str | None] = []
     notes: list[str] = []
     for dimension, (entry, size) in enumerate(zip(rule, shape, strict=True)):
-        unit = head_dims[path.rsplit(".", 2)[0]] if entry == HEADS else 1
+        unit = head_sizes[path.rsplit(".", 1)[0]] if entry == HEADS else 1
         axis = TENSOR if entry == HEADS else entry
         ways = mesh.shape.get(axis, 1)
         if (size // unit) % ways == 0:
@@ -285,7 +300,7 @@ def replicate(tree: Tree, mesh: Mesh | None) -> Tree:
 
 
 def gather_weights(
-    tree: Tree, mesh: Mesh | None, *, at: str, head_dims: Mapping[str, int] = MappingProxyType({})
+    tree: Tree, mesh: Mesh | None, *, at: str, head_sizes: Mapping[str, int] = MappingProxyType({})
 ) -> Tree:
     """A part of a model, at the path `at`, with its weights gathered along `data` for where they are used.
 
@@ -300,7 +315,7 @@ def gather_weights(
     def gather(path: Any, leaf: Any) -> Any:
         if not eqx.is_array(leaf):
             return leaf
-        return _gather(_place(f"{at}.{_dotted(path)}", leaf, mesh, head_dims).sharding, leaf)
+        return _gather(_place(f"{at}.{_dotted(path)}", leaf, mesh, head_sizes).sharding, leaf)
 
     return jax.tree_util.tree_map_with_path(gather, tree)
 

@@ -7,13 +7,16 @@ A table is a tuple of `Name`s:
     Name(("layers.{l}.moe.experts.gate", "layers.{l}.moe.experts.up"), "model.layers.{l}.mlp.experts.gate_up_proj")
 
 A placeholder that is missing on our side numbers the entries of the leaf's first axis: it is a stack of the tensors.
-Several leaves on our side are concatenated along axis -2 of the tensor, in that order.
+Several leaves on our side are concatenated along axis -2 of the tensor, in that order. gpt-oss lays its out otherwise:
+
+    Name(("gate", "up"), "gate_up_proj", interleaved=True, transposed=True)
+    Name(("gate_bias", "up_bias"), "gate_up_proj_bias", axis=-1, interleaved=True)
 """
 
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +27,17 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Name:
-    """One row of a name table: a template of leaf paths, and the template of the tensors that hold them."""
+    """One row of a name table: a template of leaf paths, and the template of the tensors that hold them.
+
+    `axis` is the one along which several leaves are joined. With `interleaved` they take turns along it, instead of
+    following one another. With `transposed` the tensor then has its last two axes exchanged.
+    """
 
     ours: str | tuple[str, ...]
     theirs: str
+    axis: int = -2
+    interleaved: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,16 +51,47 @@ class Part:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor on disk: its parts, concatenated along axis -2 where there are several."""
+    """One tensor on disk: its parts, joined as its `row` of the name table says where there are several."""
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    row: Name
+
+    @property
+    def strided(self) -> bool:
+        """Whether values of a part lie apart within an entry (see `lead`). Else they lie one after another."""
+        return self.row.interleaved or self.row.transposed or self.row.axis > -2
 
     @property
     def runs(self) -> int:
-        """How often its parts take turns in its bytes: once for every place on the axes before -2."""
-        return math.prod(self.shape[:-2]) if len(self.parts) > 1 else 1
+        """How often its parts take turns in its bytes, if it is not strided: once for each entry."""
+        return math.prod(self.shape[: self.lead]) if len(self.parts) > 1 else 1
+
+    @property
+    def lead(self) -> int:
+        """How many of its first axes only number entries that are alike, each with all parts."""
+        return max(0, len(self.shape) + (-2 if self.row.transposed else self.row.axis))
+
+    def joined(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """The values of the whole tensor, or of an entry, from those of its parts."""
+        shape = _joined(self.row, [part.shape for part in parts])
+        values = np.empty(shape, parts[0].dtype)
+        for view, part in zip(self.views(values), parts, strict=True):
+            view[...] = part
+        return values
+
+    def views(self, values: np.ndarray) -> list[np.ndarray]:
+        """Each part as a view of the whole tensor's values, or of those of an entry of its first `lead` axes."""
+        axis = self.row.axis
+        if self.row.transposed:
+            values = values.swapaxes(-1, -2)
+        number = len(self.parts)
+        if self.row.interleaved:
+            after = (slice(None),) * (-axis - 1)
+            return [values[(..., slice(i, None, number), *after)] for i in range(number)]
+        ends = itertools.accumulate(part.shape[axis] for part in self.parts)
+        return np.split(values, list(ends)[:-1], axis=axis) if number > 1 else [values]
 
 
 def leaf_paths(tree: Any) -> dict[str, Any]:
@@ -119,22 +160,34 @@ def _expand(row: Name, leaves: Mapping[str, Any]) -> list[Tensor]:
             raise ValueError(f"{row} joins {paths}, but the model has no {absent}.")
         shapes = [tuple(leaves[path].shape) for path in paths]
         depth = len(stacked)
-        if len({shape[:-2] + shape[-1:] for shape in shapes}) > 1 or min(map(len, shapes)) < depth + 2 * (
-            len(paths) > 1
-        ):
+        if not _joinable(row, [shape[depth:] for shape in shapes], {shape[:depth] for shape in shapes}):
             raise ValueError(f"{row} cannot join leaves of the shapes {shapes}.")
         for index in itertools.product(*map(range, shapes[0][:depth])):
             parts = tuple(Part(p, index, shape[depth:]) for p, shape in zip(paths, shapes, strict=True))
             name = row.theirs.format(**numbers, **dict(zip(stacked, index, strict=True)))
-            tensors.append(Tensor(name, _joined([part.shape for part in parts]), parts))
+            tensors.append(Tensor(name, _joined(row, [part.shape for part in parts]), parts, row))
     if not tensors:
         raise ValueError(f"{row} names nothing in the model.")
     return tensors
 
 
-def _joined(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    first = shapes[0]
-    return first if len(shapes) == 1 else (*first[:-2], sum(shape[-2] for shape in shapes), first[-1])
+def _joinable(row: Name, shapes: list[tuple[int, ...]], stacks: set[tuple[int, ...]]) -> bool:
+    least = max(-row.axis if len(shapes) > 1 else 0, 2 if row.transposed else 0)
+    if len(stacks) > 1 or min(map(len, shapes)) < least:
+        return False
+    if len(shapes) == 1:
+        return True
+    other_axes = {(*shape[: row.axis], *shape[len(shape) + row.axis + 1 :]) for shape in shapes}
+    return len(other_axes) == 1 and (len({shape[row.axis] for shape in shapes}) == 1 or not row.interleaved)
+
+
+def _joined(row: Name, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    shape = list(shapes[0])
+    if len(shapes) > 1:
+        shape[row.axis] = sum(each[row.axis] for each in shapes)
+    if row.transposed:
+        shape[-2:] = shape[:-3:-1]
+    return tuple(shape)
 
 
 def _is_weight(leaf: Any) -> bool:

@@ -2,13 +2,12 @@
 
 FP8, as DeepSeek released it (technical report of DeepSeek-V3, section 3.3, arXiv:2412.19437): a matrix of float8_e4m3fn
 beside `NAME_scale_inv`, a float32 for every block of 128 x 128; blocks at the edges are smaller. MXFP4, as gpt-oss was
-released in (OCP Microscaling Formats 1.0, section 5.3): 32 values of 4 bits share a power of two; no family here has it
-yet.
+released in (OCP Microscaling Formats 1.0, section 5.3): `NAME_blocks` has 32 values of 4 bits in each 16 bytes, and
+`NAME_scales` a power of two for each of these blocks.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn
 
 import ml_dtypes
@@ -21,6 +20,7 @@ from eqx_moe.errors import CheckpointError
 
 BLOCK = 128
 _SCALES = "_scale_inv"
+_MX_BLOCKS, _MX_SCALES, _MX_BLOCK = "_blocks", "_scales", 32
 _DECODED = np.dtype(ml_dtypes.bfloat16)
 _SCALE_DTYPES = {"F32": np.dtype(np.float32), "BF16": _DECODED}
 # Sign, two bits of exponent, one of mantissa (E2M1).
@@ -52,72 +52,106 @@ def decode_mxfp4(
 
 
 def decoded(stored: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The same tensors, each FP8 matrix and its scales as one tensor of bfloat16 that is decoded as it is read.
+    """The same tensors, each FP8 matrix and its scales as one tensor of bfloat16 that is decoded as it is read, and so
+    each pair of MXFP4 blocks and scales, [..., out, in], under the name of the blocks.
 
     Raises:
         CheckpointError: ST-SHAPE or ST-DTYPE if scales do not belong to their matrix.
     """
     result: dict[str, Stored] = {}
     for name, tensor in stored.items():
-        base = name.removesuffix(_SCALES)
-        if name != base and base in stored and stored[base].entry.dtype == "F8_E4M3":
+        dtype = tensor.entry.dtype
+        if _is_scales(name, stored):
             continue
-        scales = stored.get(name + _SCALES)
-        result[name] = _paired(name, tensor, scales) if scales and tensor.entry.dtype == "F8_E4M3" else tensor
+        if dtype == "F8_E4M3" and name + _SCALES in stored:
+            result[name] = _fp8(name, tensor, stored[name + _SCALES])
+        elif dtype == "U8" and name.endswith(_MX_BLOCKS) and _mx_scales(name) in stored:
+            result[name] = _mxfp4(name, tensor, stored[_mx_scales(name)])
+        else:
+            result[name] = tensor
     return result
 
 
-def _paired(name: str, weight: Stored, scales: Stored) -> Stored:
-    def refuse(code: str, expected: str, found: str) -> NoReturn:
-        raise CheckpointError(
-            code=code,
-            doing="decoding FP8 weights",
-            file=scales.path,
-            item=name + _SCALES,
-            expected=expected,
-            found=found,
-            fix="export the checkpoint again, in bfloat16 if need be",
-        )
+def _mx_scales(name: str) -> str:
+    return name.removesuffix(_MX_BLOCKS) + _MX_SCALES
 
+
+def _is_scales(name: str, stored: Mapping[str, Stored]) -> bool:
+    for suffix, ending, dtype in ((_SCALES, "", "F8_E4M3"), (_MX_SCALES, _MX_BLOCKS, "U8")):
+        weight = stored.get(name.removesuffix(suffix) + ending)
+        if name.endswith(suffix) and weight is not None and weight.entry.dtype == dtype:
+            return True
+    return False
+
+
+def _refuse(code: str, container: str, scales: Stored, item: str, expected: str, found: str) -> NoReturn:
+    raise CheckpointError(
+        code=code,
+        doing=f"decoding {container} weights",
+        file=scales.path,
+        item=item,
+        expected=expected,
+        found=found,
+        fix="export the checkpoint again, in bfloat16 if need be",
+    )
+
+
+def _fp8(name: str, weight: Stored, scales: Stored) -> Stored:
     shape = weight.entry.shape
     due = (*shape[:-2], *(math.ceil(size / BLOCK) for size in shape[-2:]))
     if scales.entry.shape != due or len(shape) < 2:
         expected = f"the shape {due}, a scale for each block of {BLOCK} x {BLOCK} of {shape}"
-        refuse("ST-SHAPE", expected, str(scales.entry.shape))
+        _refuse("ST-SHAPE", "FP8", scales, name + _SCALES, expected, str(scales.entry.shape))
     if scales.entry.dtype not in _SCALE_DTYPES:
-        refuse("ST-DTYPE", f"scales in a dtype among {', '.join(_SCALE_DTYPES)}", scales.entry.dtype)
-    entry = Entry("BF16", shape, 0, math.prod(shape) * _DECODED.itemsize)
-    return Stored(weight.file, weight.path, entry, _FP8(weight, scales).read_into)
+        expected = f"scales in a dtype among {', '.join(_SCALE_DTYPES)}"
+        _refuse("ST-DTYPE", "FP8", scales, name + _SCALES, expected, scales.entry.dtype)
+    rows, columns = shape[-2:]
+
+    def decode(matrix: int, row: int, stop: int) -> np.ndarray:
+        values = np.empty((stop - row, columns), ml_dtypes.float8_e4m3fn)
+        weight.read_into(weight.entry.start + (matrix * rows + row) * columns, values)
+        down, across = scales.entry.shape[-2:]
+        factors = np.empty((1, across), _SCALE_DTYPES[scales.entry.dtype])
+        scales.read_into(scales.entry.start + (matrix * down + row // BLOCK) * factors.nbytes, factors)
+        return decode_fp8(values, factors)
+
+    return _decoding(weight, shape, decode)
 
 
-@dataclass(frozen=True)
-class _FP8:
-    """FP8 matrices under one another, and the scales of their blocks."""
+def _mxfp4(name: str, blocks: Stored, scales: Stored) -> Stored:
+    shape, item = blocks.entry.shape, _mx_scales(name)
+    if len(shape) < 3 or shape[-1] != _MX_BLOCK // 2 or scales.entry.shape != shape[:-1]:
+        expected = f"blocks [..., out, in / {_MX_BLOCK}, {_MX_BLOCK // 2}] and scales of the same shape but the last"
+        _refuse("ST-SHAPE", "MXFP4", scales, item, expected, f"blocks {shape} and scales {scales.entry.shape}")
+    if scales.entry.dtype != "U8":
+        _refuse("ST-DTYPE", "MXFP4", scales, item, "scales in U8", scales.entry.dtype)
+    *batch, rows, across, half = shape
 
-    weight: Stored
-    scales: Stored
+    def decode(matrix: int, row: int, stop: int) -> np.ndarray:
+        codes = np.empty((stop - row, across, half), np.uint8)
+        factors = np.empty((stop - row, across), np.uint8)
+        for stored, values in ((blocks, codes), (scales, factors)):
+            stored.read_into(stored.entry.start + (matrix * rows + row) * values[0].size, values)
+        return decode_mxfp4(codes, factors)
 
-    def read_into(self, start: int, target: np.ndarray) -> None:
-        """Fills a contiguous array of bfloat16 with the decoded values from the byte `start` on."""
+    return _decoding(blocks, (*batch, rows, across * _MX_BLOCK), decode)
+
+
+def _decoding(stored: Stored, shape: tuple[int, ...], decode: Callable[[int, int, int], np.ndarray]) -> Stored:
+    """A tensor of bfloat16 of which `decode(matrix, row, stop)` gives rows, within a row of blocks of one matrix."""
+    rows, columns = shape[-2:]
+
+    def read_into(start: int, target: np.ndarray) -> None:
         flat = target.reshape(-1)
-        rows, columns = self.weight.entry.shape[-2:]
         first = start // _DECODED.itemsize
         for matrix, row, stop in _row_blocks(first, first + flat.size, rows, columns):
-            values = self._decode(matrix, row, stop).reshape(-1)
+            values = decode(matrix, row, stop).reshape(-1)
             at = (matrix * rows + row) * columns - first  # where they begin in `flat`
             here = flat[max(at, 0) : at + values.size]
             here[...] = values[max(-at, 0) :][: here.size]
 
-    def _decode(self, matrix: int, row: int, stop: int) -> np.ndarray:
-        """The rows [row, stop) of one matrix, within a row of blocks."""
-        rows, columns = self.weight.entry.shape[-2:]
-        weight = np.empty((stop - row, columns), ml_dtypes.float8_e4m3fn)
-        self.weight.read_into(self.weight.entry.start + (matrix * rows + row) * columns, weight)
-        down, across = self.scales.entry.shape[-2:]
-        scales = np.empty((1, across), _SCALE_DTYPES[self.scales.entry.dtype])
-        at = (matrix * down + row // BLOCK) * scales.nbytes
-        self.scales.read_into(self.scales.entry.start + at, scales)
-        return decode_fp8(weight, scales)
+    entry = Entry("BF16", shape, 0, math.prod(shape) * _DECODED.itemsize)
+    return Stored(stored.file, stored.path, entry, read_into)
 
 
 def _row_blocks(first: int, last: int, rows: int, columns: int) -> Iterator[tuple[int, int, int]]:

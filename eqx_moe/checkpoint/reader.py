@@ -93,7 +93,7 @@ def load_leaves(
                 kept = _span(paths, leaves, shardings)
                 source = WEIGHT_DTYPES[stored[group[0].name].entry.dtype]
                 targets = {path: target_dtype(path, source, named, keep_fp32) for path in paths}
-                mapped = _mapped(paths, [stored[tensor.name] for tensor in group], leaves, targets, maps)
+                mapped = _mapped(paths, group, stored, leaves, targets, maps)
                 if mapped is not None:
                     kept, buffers = None, {paths[0]: mapped}
                     bar.update(mapped.nbytes)
@@ -181,7 +181,8 @@ def _put(buffer: np.ndarray, start: int, shape: tuple[int, ...], sharding: Shard
 
 def _mapped(
     paths: tuple[str, ...],
-    stored: list[Stored],
+    tensors: list[Tensor],
+    all_stored: Mapping[str, Stored],
     leaves: Mapping[str, jax.ShapeDtypeStruct],
     targets: Mapping[str, np.dtype],
     maps: dict[str, mmap.mmap | None],
@@ -190,8 +191,11 @@ def _mapped(
 
     `maps` keeps the maps of files, None for those that may not be mapped.
     """
+    stored = [all_stored[tensor.name] for tensor in tensors]
     path, first = paths[0], stored[0]
-    if len(paths) > 1 or first.entry.start % ALIGNMENT or sum(each.size for each in stored) < _LEAST_MAPPED:
+    if len(paths) > 1 or tensors[0].strided or first.entry.start % ALIGNMENT:
+        return None
+    if sum(each.size for each in stored) < _LEAST_MAPPED:
         return None
     if any(WEIGHT_DTYPES[each.entry.dtype] != targets[path] or each.decode is not None for each in stored):
         return None
@@ -217,6 +221,13 @@ def _read_tensor(
         return
     start, itemsize = stored.entry.start, WEIGHT_DTYPES[stored.entry.dtype].itemsize
     places = _places(tensor, buffers, kept)
+    if tensor.strided:
+        size = stored.size // math.prod(tensor.shape[: tensor.lead])
+        skipped = kept.start if kept is not None and not index else 0
+        for entry in np.ndindex(*places[0].shape[: tensor.lead]):
+            theirs = (entry[0] + skipped, *entry[1:]) if entry else ()
+            yield size, functools.partial(_read_strided, tensor, stored, theirs, entry, places)
+        return
     runs = tensor.runs
     if not index and kept is not None:  # the buffers have a span of the tensor's own first axis
         start += kept.start * stored.size // tensor.shape[0]
@@ -236,6 +247,24 @@ def _places(tensor: Tensor, buffers: Mapping[str, np.ndarray], kept: range | Non
     index = tensor.parts[0].index
     here = (index[0] - (kept.start if kept else 0), *index[1:]) if index else ()
     return [buffers[part.leaf][(*here, ...)] for part in tensor.parts]
+
+
+def _read_strided(
+    tensor: Tensor, stored: Stored, theirs: tuple[int, ...], ours: tuple[int, ...], places: list[np.ndarray]
+) -> None:
+    """Reads the entry `theirs` of a strided tensor into the entry `ours` of each of its places."""
+    for place, part in zip(places, read_entry(tensor, stored, theirs, places[0].dtype), strict=True):
+        place[ours] = part
+
+
+def read_entry(tensor: Tensor, stored: Stored, index: tuple[int, ...], dtype: np.dtype) -> list[np.ndarray]:
+    """The parts of the entry `index` of a tensor's first `lead` axes, as views of one new array."""
+    shape = tensor.shape[tensor.lead :]
+    values = np.empty(math.prod(shape), dtype)
+    number = int(np.ravel_multi_index(index, tensor.shape[: tensor.lead])) if index else 0
+    size = values.size * WEIGHT_DTYPES[stored.entry.dtype].itemsize
+    read_values(stored, stored.entry.start + number * size, values, tensor.name)
+    return tensor.views(values.reshape(shape))
 
 
 def read_values(stored: Stored, start: int, target: np.ndarray, name: str) -> None:

@@ -18,7 +18,7 @@ from eqx_moe.checkpoint.dtypes import WEIGHT_DTYPES, target_dtype, weight_dtype
 from eqx_moe.checkpoint.matching import match
 from eqx_moe.checkpoint.names import Name, Tensor
 from eqx_moe.checkpoint.quantised import decoded
-from eqx_moe.checkpoint.reader import check_equal, read_values
+from eqx_moe.checkpoint.reader import check_equal, read_entry, read_values
 from eqx_moe.checkpoint.shards import Stored, open_weights
 
 
@@ -89,6 +89,12 @@ class _Source:
 
     def read(self, index: tuple[int, ...], target: np.ndarray) -> None:
         """Fills a contiguous array with the entry `index` of the part's first axes."""
+        if self.tensor.strided:
+            lead = self.tensor.lead
+            for rest in np.ndindex(*self.tensor.shape[len(index) : lead]):
+                entry = (*index, *rest)[:lead]
+                target[rest] = read_entry(self.tensor, self.stored, entry, target.dtype)[self.number][index[lead:]]
+            return
         itemsize = WEIGHT_DTYPES[self.stored.entry.dtype].itemsize
         # Runs of all parts take turns in the tensor; each of these has so many elements.
         runs = self.tensor.runs

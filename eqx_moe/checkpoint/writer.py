@@ -228,16 +228,18 @@ def _shard(
             for path in paths:
                 if not isinstance(leaf := leaves[path], Unread) and not _is_spread(leaf):
                     hosts[path] = _host(leaf)
-        blocks = [
-            np.ascontiguousarray(hosts[part.leaf][(*part.index, ...)])
-            if part.leaf in hosts
-            else assemble(leaves[part.leaf], part.index)
-            for part in tensor.parts
-        ]
-        rows = [block.reshape(tensor.runs, -1) for block in blocks]
-        for run in range(tensor.runs):
-            for part, row in zip(tensor.parts, rows, strict=True):
-                yield _bytes(row[run], dtypes[part.leaf], tensor.name, file)
+        for entry in np.ndindex(*tensor.shape[: tensor.lead]):
+            blocks = [_entry_of(leaves[part.leaf], hosts.get(part.leaf), part.index + entry) for part in tensor.parts]
+            if tensor.strided:
+                yield _strided(tensor, blocks, _dtype(tensor, dtypes), file)
+                continue
+            for part, block in zip(tensor.parts, blocks, strict=True):
+                yield _bytes(block, dtypes[part.leaf], tensor.name, file)
+
+
+def _entry_of(leaf: Array | np.ndarray | Unread, host: np.ndarray | None, index: tuple[int, ...]) -> np.ndarray:
+    """An entry of a leaf, contiguous; `host` has the whole leaf if it is not spread or in files."""
+    return assemble(leaf, index) if host is None else np.ascontiguousarray(host[(*index, ...)])
 
 
 def _counted(pieces: Iterable[bytes | memoryview], bar: tqdm) -> Iterator[bytes | memoryview]:
@@ -246,7 +248,16 @@ def _counted(pieces: Iterable[bytes | memoryview], bar: tqdm) -> Iterator[bytes 
         bar.update(len(piece))
 
 
+def _strided(tensor: Tensor, blocks: list[np.ndarray], dtype: np.dtype, file: str) -> memoryview:
+    """The bytes of an entry of a strided tensor; `blocks` are its parts."""
+    return tensor.joined([_cast(block, dtype, tensor.name, file) for block in blocks]).view(np.uint8).data
+
+
 def _bytes(values: np.ndarray, dtype: np.dtype, name: str, file: str) -> memoryview:
+    return _cast(values, dtype, name, file).view(np.uint8).data
+
+
+def _cast(values: np.ndarray, dtype: np.dtype, name: str, file: str) -> np.ndarray:
     if values.dtype != dtype:
         source, values = values, np.empty(values.shape, dtype)
         if not cast(source, values):
@@ -259,7 +270,7 @@ def _bytes(values: np.ndarray, dtype: np.dtype, name: str, file: str) -> memoryv
                 found=f"{np.nanmax(np.abs(source.astype(np.float32))):g}",
                 fix="save in bfloat16 or float32",
             )
-    return values.view(np.uint8).data
+    return values
 
 
 def _host(leaf: Array | np.ndarray) -> np.ndarray:

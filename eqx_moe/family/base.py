@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.typing import DTypeLike
@@ -10,7 +10,7 @@ from jaxtyping import PRNGKeyArray
 
 from eqx_moe.checkpoint.names import Name
 from eqx_moe.errors import CheckpointError
-from eqx_moe.family.config import ConfigError, config_problem, fields_from_json, head_dim, to_json
+from eqx_moe.family.config import ConfigError, RopeParameters, config_problem, fields_from_json, head_dim, to_json
 from eqx_moe.family.generation_config import default_generation_config
 from eqx_moe.family.rope import rope
 from eqx_moe.nn.attention import Attention
@@ -18,6 +18,7 @@ from eqx_moe.nn.block import Block
 from eqx_moe.nn.decoder import Decoder
 from eqx_moe.nn.embedding import Embedding
 from eqx_moe.nn.linear import Linear
+from eqx_moe.nn.mla import MLA
 from eqx_moe.nn.mlp import MLP
 from eqx_moe.nn.moe import MoE
 from eqx_moe.nn.norm import RMSNorm
@@ -38,18 +39,21 @@ class Family:
     config: type
     build: Callable[..., Decoder]
     names: Callable[[Any], Layouts]
-    default_theta: float = 10_000.0
+    #: Where config.json says nothing of the rope, or no theta.
+    default_rope: RopeParameters = RopeParameters()
+    #: Other names for `model_type`, in configs of the same form.
+    also: tuple[str, ...] = ()
     #: Other spellings of config keys.
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    #: Tensors that are known and left out, each with its reason.
-    skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    #: For a config, templates of tensors that are known and left out, each with its reason.
+    skipped: Callable[[Any], Mapping[str, str]] = lambda config: {}
     #: Leaves that stay float32 whatever dtype is asked for.
     keep_fp32: tuple[str, ...] = ()
 
     def parse(self, data: Mapping[str, Any], file: str) -> Any:
         """The config dataclass from a config.json object; `CheckpointError` with code CFG-VALUE."""
         try:
-            return self.config(**fields_from_json(data, self.config, self.aliases, self.default_theta))
+            return self.config(**fields_from_json(data, self.config, self.aliases, self.default_rope))
         except ConfigError as error:
             raise config_problem(error, file, f"reading the config of a {self.model_type!r} model") from error
         except TypeError as error:  # a field without a default is missing
@@ -78,12 +82,20 @@ class Family:
 def decoder(
     config: Any,
     *,
-    attention: Callable[[int, PRNGKeyArray], Attention],
+    attention: Callable[[int, PRNGKeyArray], Attention | MLA],
     feed_forward: Callable[[int, PRNGKeyArray], MLP | MoE],
+    round_last: bool = False,
     dtype: DTypeLike,
     key: PRNGKeyArray,
 ) -> Decoder:
-    """A pre-norm decoder whose parts the family picks layer by layer; weights are normal(0, initializer_range)."""
+    """A pre-norm decoder whose parts the family picks layer by layer; weights are normal(0, initializer_range).
+
+    `round_last` is that of its norms, see `RMSNorm`.
+    """
+
+    def norm() -> RMSNorm:
+        return RMSNorm(config.hidden_size, eps=config.rms_norm_eps, round_last=round_last, dtype=dtype)
+
     embed_key, head_key, layers_key = jax.random.split(key, 3)
     std = config.initializer_range
     layers = []
@@ -92,9 +104,9 @@ def decoder(
         part = feed_forward(i, ffn_key)
         layers.append(
             Block(
-                attention_norm=RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype),
+                attention_norm=norm(),
                 attention=attention(i, attention_key),
-                ffn_norm=RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype),
+                ffn_norm=norm(),
                 mlp=part if isinstance(part, MLP) else None,
                 moe=part if isinstance(part, MoE) else None,
             )
@@ -105,7 +117,7 @@ def decoder(
     return Decoder(
         embed=Embedding(config.vocab_size, config.hidden_size, std=std, dtype=dtype, key=embed_key),
         layers=tuple(layers),
-        norm=RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype),
+        norm=norm(),
         head=head,
         config=config,
         generation_config=default_generation_config(config),
@@ -118,7 +130,9 @@ def gqa(
     window: int | None = None,
     qkv_bias: bool = False,
     o_bias: bool = False,
-    qk_norm: bool = False,
+    qk_norm: Literal["head", "all"] | None = None,
+    clip: float | None = None,
+    sinks: bool = False,
     dtype: DTypeLike,
     key: PRNGKeyArray,
 ) -> Attention:
@@ -132,43 +146,68 @@ def gqa(
         window=window,
         qkv_bias=qkv_bias,
         o_bias=o_bias,
-        qk_norm_eps=config.rms_norm_eps if qk_norm else None,
+        qk_norm=qk_norm,
+        qk_norm_eps=config.rms_norm_eps,
+        clip=clip,
+        sinks=sinks,
         std=config.initializer_range,
         dtype=dtype,
         key=key,
     )
 
 
-_LAYER, _THEIRS = "layers.{l}.", "model.layers.{l}."
+#: What templates of a layer begin with, ours and theirs.
+LAYER, THEIRS = "layers.{l}.", "model.layers.{l}."
 
 
-def decoder_names(
-    config: Any, *, qkv_bias: bool = False, o_bias: bool = False, qk_norm: bool = False
-) -> tuple[Name, ...]:
-    """The rows that all families with Llama's layout share: everything but the feed-forward part."""
+def decoder_names(config: Any, attention: tuple[Name, ...]) -> tuple[Name, ...]:
+    """The rows that all families with Llama's layout share, and those of attention: all but the feed-forward part."""
     rows = [
         Name("embed.weight", "model.embed_tokens.weight"),
-        Name(_LAYER + "attention_norm.weight", _THEIRS + "input_layernorm.weight"),
-        Name(_LAYER + "ffn_norm.weight", _THEIRS + "post_attention_layernorm.weight"),
+        Name(LAYER + "attention_norm.weight", THEIRS + "input_layernorm.weight"),
+        Name(LAYER + "ffn_norm.weight", THEIRS + "post_attention_layernorm.weight"),
         Name("norm.weight", "model.norm.weight"),
+        *attention,
     ]
-    for part, bias in (("q", qkv_bias), ("k", qkv_bias), ("v", qkv_bias), ("o", o_bias)):
-        rows += linear_names(_LAYER + f"attention.{part}", _THEIRS + f"self_attn.{part}_proj", bias=bias)
-    if qk_norm:
-        rows += [
-            Name(_LAYER + f"attention.{part}_norm.weight", _THEIRS + f"self_attn.{part}_norm.weight") for part in "qk"
-        ]
     if not config.tie_word_embeddings:
         rows.append(Name("head.weight", "lm_head.weight"))
     return tuple(rows)
 
 
-def mlp_names(*, bias: bool = False) -> tuple[Name, ...]:
+def gqa_names(
+    *, qkv_bias: bool = False, o_bias: bool = False, qk_norm: bool = False, sinks: bool = False
+) -> tuple[Name, ...]:
+    """The rows of grouped-query attention."""
+    rows: list[Name] = []
+    for part, bias in (("q", qkv_bias), ("k", qkv_bias), ("v", qkv_bias), ("o", o_bias)):
+        rows += linear_names(LAYER + f"attention.{part}", THEIRS + f"self_attn.{part}_proj", bias=bias)
+    if qk_norm:
+        rows += [
+            Name(LAYER + f"attention.{part}_norm.weight", THEIRS + f"self_attn.{part}_norm.weight") for part in "qk"
+        ]
+    if sinks:
+        rows.append(Name(LAYER + "attention.sinks", THEIRS + "self_attn.sinks"))
+    return tuple(rows)
+
+
+def mlp_names(ours: str = "mlp", theirs: str = "mlp", *, bias: bool = False) -> tuple[Name, ...]:
     """The rows of a dense feed-forward part."""
     rows: list[Name] = []
     for part in ("gate", "up", "down"):
-        rows += linear_names(_LAYER + f"mlp.{part}", _THEIRS + f"mlp.{part}_proj", bias=bias)
+        rows += linear_names(f"{LAYER}{ours}.{part}", f"{THEIRS}{theirs}.{part}_proj", bias=bias)
     return tuple(rows)
+
+
+def moe_names() -> Layouts:
+    """The rows of a router and its experts, as most families have them, and as transformers 5 packs them."""
+    experts, theirs = LAYER + "moe.experts.", THEIRS + "mlp."
+    router = Name(LAYER + "moe.router.weight", theirs + "gate.weight")
+    original = [Name(experts + part, f"{theirs}experts.{{e}}.{part}_proj.weight") for part in ("gate", "up", "down")]
+    packed = (
+        Name((experts + "gate", experts + "up"), theirs + "experts.gate_up_proj"),
+        Name(experts + "down", theirs + "experts.down_proj"),
+    )
+    return {"original": (router, *original), "packed": (router, *packed)}
 
 
 def linear_names(ours: str, theirs: str, *, bias: bool) -> list[Name]:
@@ -176,5 +215,6 @@ def linear_names(ours: str, theirs: str, *, bias: bool) -> list[Name]:
     return [Name(f"{ours}.{leaf}", f"{theirs}.{leaf}") for leaf in (("weight", "bias") if bias else ("weight",))]
 
 
-#: Older Llama checkpoints carry the rotary frequencies, which follow from the config.
-ROTARY_BUFFERS = {"model.layers.{l}.self_attn.rotary_emb.inv_freq": "follows from config.json"}
+def rotary_buffers(config: Any) -> Mapping[str, str]:
+    """Older Llama checkpoints carry the rotary frequencies, which follow from the config."""
+    return {"model.layers.{l}.self_attn.rotary_emb.inv_freq": "follows from config.json"}

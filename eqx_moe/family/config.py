@@ -19,7 +19,10 @@ from eqx_moe.errors import CheckpointError
 IGNORED = {
     "_name_or_path": "where a checkpoint once lay",
     "architectures": "follows from model_type; written anew",
+    "aux_loss_alpha": "a loss of DeepSeek's training, which is not in the reference",
     "auto_map": "code from a checkpoint is never run",
+    "ep_size": "how DeepSeek's own code spreads its experts",
+    "initial_context_length": "gpt-oss's other name for the rope's original_max_position_embeddings",
     "layer_types": "in families that mix no kinds of layers: checked to say so",
     "model_type": "chooses the family",
     "output_attentions": "a switch of the reference's forward pass",
@@ -27,7 +30,9 @@ IGNORED = {
     "output_router_logits": "`forward` always returns them",
     "original_max_position_embeddings": "only some kinds of rope read it",
     "pretraining_tp": "a way to slice the reference's matrix products",
+    "qk_head_dim": "the sum of qk_nope_head_dim and qk_rope_head_dim",
     "return_dict": "a switch of the reference's forward pass",
+    "seq_aux": "a loss of DeepSeek's training, which is not in the reference",
     "torch_dtype": "the older name of dtype",
     "transformers_version": "who wrote the file",
     "transformers.js_config": "for another runtime",
@@ -39,8 +44,18 @@ IGNORED = {
 # Keys that are written from the fields, under every name that readers know.
 _REWRITTEN = {"architectures", "model_type", "torch_dtype", "rope_scaling", "rope_theta"}
 
+#: Under which name a config has its number of experts.
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+# What is a size or a count, and at least 1.
+_SIZES = (
+    "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads max_position_embeddings head_dim num_experts_per_tok sliding_window decoder_sparse_step "
+    "n_shared_experts n_group topk_group kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim"
+).split()
+
 # Above these a number is a mistake, and building names or shapes from it would only take long.
-_LIMITS = {"num_hidden_layers": 10_000, "num_local_experts": 100_000}
+_LIMITS = {"num_hidden_layers": 10_000} | dict.fromkeys(EXPERT_COUNTS, 100_000)
 _LARGEST = 2**31 - 1
 
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -135,15 +150,13 @@ def check_common(config: Any) -> None:
     if config.num_key_value_heads is None:
         object.__setattr__(config, "num_key_value_heads", config.num_attention_heads)
     check_types(config)
-    for key in (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-        "max_position_embeddings head_dim num_local_experts num_experts_per_tok sliding_window"
-    ).split():
+    for key in (*_SIZES, *EXPERT_COUNTS):
         value = getattr(config, key, None)
         if key == "sliding_window" and value == 0 and getattr(config, "use_sliding_window", True) is False:
             continue  # how Qwen checkpoints that were saved again say "none"
         if value is not None and not 0 < value <= _LIMITS.get(key, _LARGEST):
             raise ConfigError(key, f"in [1, {_LIMITS.get(key, _LARGEST)}]", value)
+    check_experts(config)
     if config.num_attention_heads % config.num_key_value_heads:
         raise ConfigError(
             "num_key_value_heads",
@@ -172,6 +185,18 @@ def check_common(config: Any) -> None:
         check_token_ids(key, getattr(config, key), config.vocab_size)
 
 
+def check_experts(config: Any) -> None:
+    """A token visits no more experts than there are; router losses and noise are in range."""
+    for key in EXPERT_COUNTS:
+        experts = getattr(config, key, None)
+        if experts is not None and config.num_experts_per_tok > experts:
+            raise ConfigError("num_experts_per_tok", f"at most {key} ({experts})", config.num_experts_per_tok)
+    if getattr(config, "router_aux_loss_coef", 0.0) < 0:
+        raise ConfigError("router_aux_loss_coef", "at least 0", config.router_aux_loss_coef)
+    if not 0 <= getattr(config, "router_jitter_noise", 0.0) < 1:
+        raise ConfigError("router_jitter_noise", "in [0, 1)", config.router_jitter_noise)
+
+
 def check_token_ids(key: str, value: int | tuple[int, ...] | None, vocab: int) -> None:
     """Special ids must be tokens."""
     for token in () if value is None else value if isinstance(value, tuple) else (value,):
@@ -192,13 +217,20 @@ def check_windows(config: Any) -> None:
         raise ConfigError("max_window_layers", "at least 0", config.max_window_layers)
     if config.layer_types is None:
         return
-    kinds = ("full_attention", "sliding_attention")
-    if len(config.layer_types) != config.num_hidden_layers or not set(config.layer_types) <= set(kinds):
-        raise ConfigError("layer_types", f"{config.num_hidden_layers} of {list(kinds)}", list(config.layer_types)[:20])
+    check_layer_types(config)
     if "sliding_attention" in config.layer_types and not config.use_sliding_window:
         raise ConfigError(
             "layer_types", "without 'sliding_attention' when use_sliding_window is false", list(config.layer_types)[:20]
         )
+
+
+def check_layer_types(config: Any) -> None:
+    """`layer_types` names one of two kinds of attention for each layer."""
+    kinds = ("full_attention", "sliding_attention")
+    if len(config.layer_types) != config.num_hidden_layers or not set(config.layer_types) <= set(kinds):
+        raise ConfigError("layer_types", f"{config.num_hidden_layers} of {list(kinds)}", list(config.layer_types)[:20])
+    if "sliding_attention" in config.layer_types and config.sliding_window is None:
+        raise ConfigError("sliding_window", "given where layer_types has 'sliding_attention'", None)
 
 
 def window_of(config: Any, layer: int) -> int | None:
@@ -209,7 +241,7 @@ def window_of(config: Any, layer: int) -> int | None:
 
 
 def fields_from_json(
-    data: Mapping[str, Any], config: type, aliases: Mapping[str, str], default_theta: float
+    data: Mapping[str, Any], config: type, aliases: Mapping[str, str], default_rope: RopeParameters
 ) -> dict[str, Any]:
     """The constructor's arguments from a config.json object, either dialect (v4: rope_theta and rope_scaling; v5:
     rope_parameters).
@@ -221,7 +253,7 @@ def fields_from_json(
         if alias in data:
             value = data.pop(alias)
             _agree(data.setdefault(key, value), value, alias, key)
-    rope = _rope_json(data, default_theta)
+    rope = _rope_json(data, default_rope)
     spellings = [
         value.removeprefix("torch.") if isinstance(value, str) else value
         for value in (data.get("dtype"), data.get("torch_dtype"))
@@ -249,10 +281,13 @@ def fields_from_json(
 
 def _check_container(container: Any) -> None:
     """Weights in a quantised container are decoded as they are read, so that nothing of it is kept in the config."""
-    if container is not None:
-        keys = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
-        if not isinstance(container, dict) or any(container.get(key) != value for key, value in keys.items()):
-            raise ConfigError("quantization_config", f"absent, or with {keys}: no other container is read", container)
+    if container is None:
+        return
+    read = ({"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}, {"quant_method": "mxfp4"})
+    found = container if isinstance(container, dict) else {}
+    if not any(all(found.get(key) == value for key, value in keys.items()) for keys in read):
+        expected = f"absent, or with {read[0]} or {read[1]}: no other container is read"
+        raise ConfigError("quantization_config", expected, container)
 
 
 def _agree(found: Any, other: Any, spelled: str, proper: str) -> None:
@@ -267,6 +302,8 @@ def _check_layer_types(data: Mapping[str, Any], values: Mapping[str, Any], confi
     if "layer_types" in defaults or data.get("layer_types") is None:
         return
     window, layers = ({**defaults, **values}.get(key) for key in ("sliding_window", "num_hidden_layers"))
+    if not {**defaults, **values}.get("use_sliding_window", True):
+        window = None
     kind = "full_attention" if window is None else "sliding_attention"
     found = data["layer_types"]
     # The length is compared, no list of it made: the number of layers is not held against its limit yet.
@@ -274,13 +311,13 @@ def _check_layer_types(data: Mapping[str, Any], values: Mapping[str, Any], confi
         raise ConfigError("layer_types", f"{kind!r} for each of {layers} layers (this family mixes none)", found)
 
 
-def _rope_json(data: dict[str, Any], default_theta: float) -> dict[str, Any]:
+def _rope_json(data: dict[str, Any], default: RopeParameters) -> dict[str, Any]:
     """One rope object out of the two dialects and the keys beside them, which it takes out of `data`."""
-    rope = _one_dialect(data)
+    rope = _one_dialect(data) or {**_given(default), "rope_theta": None}
     for key in ("rope_theta", "partial_rotary_factor"):
         _take_over(data, key, rope)
     if rope.get("rope_theta") is None:
-        rope["rope_theta"] = default_theta
+        rope["rope_theta"] = default.rope_theta
     if rope.get("rope_type", "default") in ("llama3", "yarn", "longrope"):
         # Elsewhere the key says nothing, and stays among those that are kept.
         _take_over(data, "original_max_position_embeddings", rope)
@@ -333,11 +370,7 @@ def to_json(config: Any, model_type: str, architecture: str, dtype: str) -> dict
             continue
         data[field.name] = list(value) if isinstance(value, tuple) else value
     data["head_dim"] = head_dim(config)
-    rope = {
-        k: list(v) if isinstance(v, tuple) else v
-        for k, v in dataclasses.asdict(config.rope_parameters).items()
-        if v is not None
-    }
+    rope = _given(config.rope_parameters)
     data["rope_parameters"] = rope
     data["rope_theta"] = rope["rope_theta"]
     if rope["rope_type"] != "default":
@@ -345,6 +378,11 @@ def to_json(config: Any, model_type: str, architecture: str, dtype: str) -> dict
     for key, text in config.extra:
         data.setdefault(key, json.loads(text))
     return data
+
+
+def _given(rope: RopeParameters) -> dict[str, Any]:
+    """The json object of the parameters that are not None."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(rope).items() if v is not None}
 
 
 def config_problem(error: ConfigError, file: str, doing: str) -> CheckpointError:

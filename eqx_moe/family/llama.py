@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from eqx_moe.execution import AbstractExecution
-from eqx_moe.family.base import ROTARY_BUFFERS, Family, Layouts, decoder, decoder_names, gqa, mlp_names
+from eqx_moe.family.base import Family, Layouts, decoder, decoder_names, gqa, gqa_names, mlp_names, rotary_buffers
 from eqx_moe.family.config import RopeParameters, check_common
 from eqx_moe.family.rope import rope
 from eqx_moe.nn.attention import Attention
@@ -63,8 +63,8 @@ def build(config: LlamaConfig, *, key: PRNGKeyArray, dtype: DTypeLike, execution
 
 def names(config: LlamaConfig) -> Layouts:
     """Dense models have one layout; it answers to both names."""
-    rows = decoder_names(config, qkv_bias=config.attention_bias, o_bias=config.attention_bias)
-    rows += mlp_names(bias=config.mlp_bias)
+    attention = gqa_names(qkv_bias=config.attention_bias, o_bias=config.attention_bias)
+    rows = decoder_names(config, attention) + mlp_names(bias=config.mlp_bias)
     return {"original": rows, "packed": rows}
 
 
@@ -74,5 +74,5 @@ FAMILY = Family(
     config=LlamaConfig,
     build=build,
     names=names,
-    skipped=ROTARY_BUFFERS,
+    skipped=rotary_buffers,
 )

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from eqx_moe.execution import AbstractExecution
-from eqx_moe.family.base import ROTARY_BUFFERS, Family, Layouts, decoder, decoder_names, gqa, mlp_names
+from eqx_moe.family.base import Family, Layouts, decoder, decoder_names, gqa, gqa_names, mlp_names, rotary_buffers
 from eqx_moe.family.config import RopeParameters, check_common
 from eqx_moe.family.rope import rope
 from eqx_moe.nn.attention import Attention
@@ -63,7 +63,7 @@ def build(config: MistralConfig, *, key: PRNGKeyArray, dtype: DTypeLike, executi
 
 def names(config: MistralConfig) -> Layouts:
     """Dense models have one layout; it answers to both names."""
-    rows = decoder_names(config) + mlp_names()
+    rows = decoder_names(config, gqa_names()) + mlp_names()
     return {"original": rows, "packed": rows}
 
 
@@ -73,5 +73,5 @@ FAMILY = Family(
     config=MistralConfig,
     build=build,
     names=names,
-    skipped=ROTARY_BUFFERS,
+    skipped=rotary_buffers,
 )

@@ -11,14 +11,16 @@ from jaxtyping import PRNGKeyArray
 
 from eqx_moe.checkpoint.names import Name
 from eqx_moe.execution import AbstractExecution
-from eqx_moe.family.base import ROTARY_BUFFERS, Family, Layouts, decoder, decoder_names, gqa
-from eqx_moe.family.config import ConfigError, RopeParameters, check_common
+from eqx_moe.family.base import Family, Layouts, decoder, decoder_names, gqa, gqa_names, moe_names, rotary_buffers
+from eqx_moe.family.config import RopeParameters, check_common
 from eqx_moe.family.rope import rope
 from eqx_moe.nn.attention import Attention
 from eqx_moe.nn.decoder import Decoder
 from eqx_moe.nn.experts import Experts
 from eqx_moe.nn.moe import MoE
 from eqx_moe.nn.router import SoftmaxTopKRouter
+
+_ROPE = RopeParameters(rope_theta=1e6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class MixtralConfig:
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
-    rope_parameters: RopeParameters = RopeParameters(rope_theta=1e6)
+    rope_parameters: RopeParameters = _ROPE
     sliding_window: int | None = None
     attention_dropout: float = 0.0
     num_local_experts: int = 8
@@ -52,14 +54,6 @@ class MixtralConfig:
 
     def __post_init__(self):
         check_common(self)
-        if self.num_experts_per_tok > self.num_local_experts:
-            raise ConfigError(
-                "num_experts_per_tok", f"at most num_local_experts ({self.num_local_experts})", self.num_experts_per_tok
-            )
-        if self.router_aux_loss_coef < 0:
-            raise ConfigError("router_aux_loss_coef", "at least 0", self.router_aux_loss_coef)
-        if not 0 <= self.router_jitter_noise < 1:
-            raise ConfigError("router_jitter_noise", "in [0, 1)", self.router_jitter_noise)
         rope(self)
 
 
@@ -86,24 +80,19 @@ def build(config: MixtralConfig, *, key: PRNGKeyArray, dtype: DTypeLike, executi
     return decoder(config, attention=attention, feed_forward=moe, dtype=dtype, key=key)
 
 
-_EXPERTS, _ORIGINAL, _PACKED = "layers.{l}.moe.experts.", "model.layers.{l}.block_sparse_moe.", "model.layers.{l}.mlp."
+_EXPERTS, _ORIGINAL = "layers.{l}.moe.experts.", "model.layers.{l}.block_sparse_moe."
 
 
 def names(config: MixtralConfig) -> Layouts:
     """As released (an own tensor per expert), and as transformers 5 packs it."""
-    shared = decoder_names(config)
+    shared = decoder_names(config, gqa_names())
     original = (
         Name("layers.{l}.moe.router.weight", _ORIGINAL + "gate.weight"),
         Name(_EXPERTS + "gate", _ORIGINAL + "experts.{e}.w1.weight"),
         Name(_EXPERTS + "up", _ORIGINAL + "experts.{e}.w3.weight"),
         Name(_EXPERTS + "down", _ORIGINAL + "experts.{e}.w2.weight"),
     )
-    packed = (
-        Name("layers.{l}.moe.router.weight", _PACKED + "gate.weight"),
-        Name((_EXPERTS + "gate", _EXPERTS + "up"), _PACKED + "experts.gate_up_proj"),
-        Name(_EXPERTS + "down", _PACKED + "experts.down_proj"),
-    )
-    return {"original": shared + original, "packed": shared + packed}
+    return {"original": shared + original, "packed": shared + moe_names()["packed"]}
 
 
 FAMILY = Family(
@@ -112,7 +101,7 @@ FAMILY = Family(
     config=MixtralConfig,
     build=build,
     names=names,
-    default_theta=1e6,
+    default_rope=_ROPE,
     aliases={"num_experts": "num_local_experts"},
-    skipped=ROTARY_BUFFERS,
+    skipped=rotary_buffers,
 )

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from eqx_moe.execution import AbstractExecution
-from eqx_moe.family.base import ROTARY_BUFFERS, Family, Layouts, decoder, decoder_names, gqa, mlp_names
+from eqx_moe.family.base import Family, Layouts, decoder, decoder_names, gqa, gqa_names, mlp_names, rotary_buffers
 from eqx_moe.family.config import RopeParameters, check_common, check_windows, window_of
 from eqx_moe.family.rope import rope
 from eqx_moe.nn.attention import Attention
@@ -66,7 +66,7 @@ def build(config: Qwen2Config, *, key: PRNGKeyArray, dtype: DTypeLike, execution
 
 def names(config: Qwen2Config) -> Layouts:
     """Dense models have one layout; it answers to both names."""
-    rows = decoder_names(config, qkv_bias=True) + mlp_names()
+    rows = decoder_names(config, gqa_names(qkv_bias=True)) + mlp_names()
     return {"original": rows, "packed": rows}
 
 
@@ -76,5 +76,5 @@ FAMILY = Family(
     config=Qwen2Config,
     build=build,
     names=names,
-    skipped=ROTARY_BUFFERS,
+    skipped=rotary_buffers,
 )

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from eqx_moe.execution import AbstractExecution
-from eqx_moe.family.base import ROTARY_BUFFERS, Family, Layouts, decoder, decoder_names, gqa, mlp_names
+from eqx_moe.family.base import Family, Layouts, decoder, decoder_names, gqa, gqa_names, mlp_names, rotary_buffers
 from eqx_moe.family.config import RopeParameters, check_common, check_windows, window_of
 from eqx_moe.family.rope import rope
 from eqx_moe.nn.attention import Attention
@@ -59,7 +59,7 @@ def build(config: Qwen3Config, *, key: PRNGKeyArray, dtype: DTypeLike, execution
     def attention(layer: int, key: PRNGKeyArray) -> Attention:
         bias = config.attention_bias
         return gqa(
-            config, window=window_of(config, layer), qkv_bias=bias, o_bias=bias, qk_norm=True, dtype=dtype, key=key
+            config, window=window_of(config, layer), qkv_bias=bias, o_bias=bias, qk_norm="head", dtype=dtype, key=key
         )
 
     def mlp(layer: int, key: PRNGKeyArray) -> MLP:
@@ -71,9 +71,8 @@ def build(config: Qwen3Config, *, key: PRNGKeyArray, dtype: DTypeLike, execution
 
 def names(config: Qwen3Config) -> Layouts:
     """Dense models have one layout; it answers to both names."""
-    rows = (
-        decoder_names(config, qkv_bias=config.attention_bias, o_bias=config.attention_bias, qk_norm=True) + mlp_names()
-    )
+    attention = gqa_names(qkv_bias=config.attention_bias, o_bias=config.attention_bias, qk_norm=True)
+    rows = decoder_names(config, attention) + mlp_names()
     return {"original": rows, "packed": rows}
 
 
@@ -83,5 +82,5 @@ FAMILY = Family(
     config=Qwen3Config,
     build=build,
     names=names,
-    skipped=ROTARY_BUFFERS,
+    skipped=rotary_buffers,
 )

@@ -11,6 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from eqx_moe.kernels.flash import CHUNK, LOWEST, flash_attention, visible
 
+# Up to so many heads of a group one query is multiplied with each of them apart; that reads the keys so often.
+_GROUP = 8
+
 
 def attention_oracle(
     q: Float[Array, "batch heads queries head_dim"],
@@ -69,7 +72,7 @@ def attention(
     given: dict[str, Any] = dict(scale=scale, start=start, window=window, sinks=sinks)
     given |= dict(query_segments=query_segments, key_segments=key_segments)
     plain = start is None and query_segments is None and sinks is None and q.shape[-1] == v.shape[-1]
-    match choose(*_platform(), q.dtype, q.shape[2], k.shape[2], q.shape[-1], plain):
+    match choose(*_platform(), q.dtype, q.shape[2], k.shape[2], q.shape[-1], plain, q.shape[1] // k.shape[1]):
         case "dense":
             return attention_oracle(q, k, v, **given)
         case "flash":
@@ -84,9 +87,17 @@ def attention(
 
 
 def choose(
-    platform: str, capability: float, dtype: DTypeLike, queries: int, keys: int, head_dim: int, plain: bool
+    platform: str,
+    capability: float,
+    dtype: DTypeLike,
+    queries: int,
+    keys: int,
+    head_dim: int,
+    plain: bool,
+    group: int = 1,
 ) -> Literal["dense", "flash", "one_query", "cudnn"]:
     """How `attention` is computed. `plain`: the keys are the queries' own, all in one segment, and there are no sinks.
+    `group` is how many query heads share a key-value head.
 
     cuDNN's kernel takes half precision, on NVIDIA GPUs from compute capability 8.0 on, and head sizes that are
     multiples of 8, up to 128 or from 9.0 on up to 256. It knows segments only as a bias of queries x keys, and a sink
@@ -96,7 +107,7 @@ def choose(
         if head_dim % 8 == 0 and head_dim <= (256 if capability >= 9.0 else 128):
             return "cudnn"
     if queries == 1:
-        return "one_query" if platform == "cpu" else "dense"
+        return "one_query" if platform == "cpu" and group <= _GROUP else "dense"
     # Up to one chunk there is nothing to skip; beyond that chunks are faster (measured on CPU, float32).
     return "dense" if max(queries, keys) <= CHUNK else "flash"
 

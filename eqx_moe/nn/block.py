@@ -4,7 +4,8 @@ import equinox as eqx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from eqx_moe.nn.attention import Attention, Rows
-from eqx_moe.nn.cache import LayerCache
+from eqx_moe.nn.cache import AnyCache
+from eqx_moe.nn.mla import MLA
 from eqx_moe.nn.mlp import MLP
 from eqx_moe.nn.moe import LayerRouting, MoE
 from eqx_moe.nn.norm import RMSNorm
@@ -14,7 +15,7 @@ class Block(eqx.Module):
     """Pre-norm residual block: attention, then a dense MLP or a mixture of experts."""
 
     attention_norm: RMSNorm
-    attention: Attention
+    attention: Attention | MLA
     ffn_norm: RMSNorm
     mlp: MLP | None
     moe: MoE | None
@@ -28,9 +29,9 @@ class Block(eqx.Module):
         x: Float[Array, "batch seq hidden"],
         rows: Rows,
         tables: tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]],
-        cache: LayerCache | None = None,
+        cache: AnyCache | None = None,
         key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "batch seq hidden"], LayerCache | None, LayerRouting | None]:
+    ) -> tuple[Float[Array, "batch seq hidden"], AnyCache | None, LayerRouting | None]:
         attended, cache = self.attention(self.attention_norm(x), rows, tables, cache)
         x = x + attended
         normed = self.ffn_norm(x)

@@ -1,11 +1,14 @@
 """The key-value cache of a decoder."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from eqx_moe.sharding import cache_sharding, put
 
@@ -33,12 +36,41 @@ class LayerCache(eqx.Module):
                 values=lax.dynamic_update_slice_in_dim(cache.values, values.astype(cache.values.dtype), at, axis=2),
             )
 
-        def write_apart(cache: LayerCache) -> LayerCache:
-            return lax.cond(at + keys.shape[2] <= cache.keys.shape[2], write, lambda cache: cache, cache)
+        return _write(self, write, at + keys.shape[2] <= self.keys.shape[2])
 
-        # XLA's CPU back end fuses the write with what reads the cache, does it twice, and copies the whole cache for
-        # that at every step. It fuses nothing into a conditional. Elsewhere a conditional would wait for the host.
-        return lax.platform_dependent(self, cpu=write_apart, default=write)
+
+class LatentCache(eqx.Module):
+    """What multi-head latent attention remembers: of each place one latent and one rotated key, for all heads."""
+
+    entries: Float[Array, "batch length width"]
+
+    def write(self, entries: Float[Array, "batch seq width"], at: Int[Array, ""]) -> "LatentCache":
+        """Puts them at the places from `at` on, where they must fit."""
+
+        def write(cache: LatentCache) -> LatentCache:
+            new = entries.astype(cache.entries.dtype)
+            return LatentCache(lax.dynamic_update_slice_in_dim(cache.entries, new, at, axis=1))
+
+        return _write(self, write, at + entries.shape[1] <= self.entries.shape[1])
+
+
+#: What a layer remembers: each kind of attention makes its own kind.
+AnyCache = LayerCache | LatentCache
+Some = TypeVar("Some", LayerCache, LatentCache)
+
+
+def _write(cache: Some, write: Callable[[Some], Some], fits: Bool[Array, ""]) -> Some:
+    def write_apart(cache: Some) -> Some:
+        return lax.cond(fits, write, lambda cache: cache, cache)
+
+    # XLA's CPU back end fuses the write with what reads the cache, does it twice, and copies the whole cache for that
+    # at every step. It fuses nothing into a conditional. Elsewhere a conditional would wait for the host.
+    return lax.platform_dependent(cache, cpu=write_apart, default=write)
+
+
+def empty(shape: tuple[int, int, int, int], dtype: DTypeLike, mesh: Mesh | None) -> Float[Array, "..."]:
+    """Zeros for the keys or values of a layer, [batch, kv_heads, length, head_dim], where they go on a mesh."""
+    return jnp.zeros(shape, dtype, device=cache_sharding(mesh, *shape[:2]))
 
 
 class Cache(eqx.Module):
@@ -49,29 +81,14 @@ class Cache(eqx.Module):
     row's length go by.
     """
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[AnyCache, ...]
     segments: Int[Array, "batch length"]
     filled: Int[Array, ""]
     lengths: Int[Array, " batch"]
 
-    def __init__(
-        self,
-        shapes: tuple[tuple[int, int], ...],
-        batch: int,
-        length: int,
-        dtype: DTypeLike,
-        mesh: Mesh | None = None,
-    ):
-        """`shapes` gives (kv_heads, head_dim) of each layer. On a mesh the rows are split like those of a batch."""
-        self.layers = tuple(
-            LayerCache(
-                *(
-                    jnp.zeros((batch, kv_heads, length, head_dim), dtype, device=cache_sharding(mesh, batch, kv_heads))
-                    for _ in ("keys", "values")
-                )
-            )
-            for kv_heads, head_dim in shapes
-        )
+    def __init__(self, layers: tuple[AnyCache, ...], batch: int, length: int, mesh: Mesh | None = None):
+        """Around the empty caches of the layers. On a mesh the rows are split like those of a batch."""
+        self.layers = layers
         self.segments = put(jnp.zeros((batch, length), jnp.int32), mesh, rows=True)
         self.filled = put(jnp.zeros((), jnp.int32), mesh)
         self.lengths = put(jnp.full(batch, length, jnp.int32), mesh, rows=True)

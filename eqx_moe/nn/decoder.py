@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 from eqx_moe.kernels.linear import linear
 from eqx_moe.nn.attention import Rows, segment_layout
 from eqx_moe.nn.block import Block
-from eqx_moe.nn.cache import Cache, LayerCache
+from eqx_moe.nn.cache import AnyCache, Cache
 from eqx_moe.nn.embedding import Embedding
 from eqx_moe.nn.linear import Linear
 from eqx_moe.nn.moe import LayerRouting, RouterStats
@@ -107,12 +107,13 @@ class Decoder(eqx.Module):
         tables = {rope: rope.tables(positions, lengths) for rope in self._ropes()}
         x = split_rows(gather_weights(self.embed, self.mesh, at="embed")(tokens), self.mesh)
         keys = None if key is None else jax.random.split(key, self.depth)
-        caches: list[LayerCache | None] = [None] * len(self.layers) if cache is None else list(cache.layers)
+        caches: list[AnyCache | None]
+        caches = [None] * len(self.layers) if cache is None else list(cache.layers)
         routings: list[LayerRouting] = []
         first = 0
         for i, layer in enumerate(self.layers):
             at = _block_path(i, layer)
-            prepare = functools.partial(gather_weights, mesh=self.mesh, at=at, head_dims=self.head_dims)
+            prepare = functools.partial(gather_weights, mesh=self.mesh, at=at, head_sizes=self.head_sizes)
             table = tables[block_of(layer).attention.rope]
             if isinstance(layer, Stack):
                 own = None if keys is None else keys[first : first + layer.count]
@@ -156,11 +157,12 @@ class Decoder(eqx.Module):
         return gather_weights(self.head, self.mesh, at="head").weight
 
     @property
-    def head_dims(self) -> dict[str, int]:
-        """The path of each attention part -> the size of its heads, for `eqx_moe.sharding`."""
+    def head_sizes(self) -> dict[str, int]:
+        """The path of each linear map that is made of heads -> the size of these, for `eqx_moe.sharding`."""
         return {
-            f"{_block_path(i, layer)}.attention": block_of(layer).attention.head_dim
+            f"{_block_path(i, layer)}.attention.{name}": size
             for i, layer in enumerate(self.layers)
+            for name, size in block_of(layer).attention.head_sizes.items()
         }
 
     @property
@@ -175,8 +177,9 @@ class Decoder(eqx.Module):
         row: with them, make the cache as long as the rows will be, or set `lengths` to what they will be.
         """
         self._refuse_stacks("make a cache")
-        shapes = tuple((layer.attention.kv_heads, layer.attention.head_dim) for layer in self.layers)
-        return Cache(shapes, batch, length, self.embed.weight.dtype, self.mesh)
+        dtype = self.embed.weight.dtype
+        layers = tuple(layer.attention.init_cache(batch, length, dtype, self.mesh) for layer in self.layers)
+        return Cache(layers, batch, length, self.mesh)
 
     def _ropes(self) -> set[AbstractRope]:
         return {block_of(layer).attention.rope for layer in self.layers}

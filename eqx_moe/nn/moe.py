@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
 from eqx_moe.execution import AbstractExecution, Routing
 from eqx_moe.nn.experts import Experts
+from eqx_moe.nn.mlp import MLP
 from eqx_moe.nn.router import AbstractRouter
 
 
@@ -20,12 +21,13 @@ class LayerRouting(eqx.Module):
 
 
 class MoE(eqx.Module):
-    """Router, experts, and the execution that brings them together."""
+    """Router, experts, and the execution that brings them together; `shared` is an expert that every token visits."""
 
     router: AbstractRouter
     experts: Experts
-    execution: AbstractExecution = eqx.field(static=True)
-    jitter: float = eqx.field(static=True, default=0.0)
+    shared: MLP | None = None
+    execution: AbstractExecution = eqx.field(static=True, kw_only=True)
+    jitter: float = eqx.field(static=True, default=0.0, kw_only=True)
 
     def __call__(
         self,
@@ -49,6 +51,8 @@ class MoE(eqx.Module):
         # Padding goes nowhere: it costs no work and takes no capacity.
         visits = jnp.where(mask[:, :, None], routing.experts, self.experts.num_experts)
         y, drops = self.execution(x, Routing(visits, routing.weights), self.experts, mask)
+        if self.shared is not None:
+            y = y + self.shared(x)
         return y, LayerRouting(logits=logits, choices=routing.experts, weights=routing.weights, drops=drops)
 
 

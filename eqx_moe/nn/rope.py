@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al. 2021), half layout: dimension i turns together with i + dim / 2.
+"""Rotary position embeddings (Su et al. 2021): dimension i turns together with i + dim / 2, or 2i with 2i + 1.
 
 One frozen record per kind of frequencies. Records are hashable and hold numbers, no arrays: a model carries them as
 static fields. The formulas are those of transformers 5.23 `modeling_rope_utils.py`; each class names the paper behind
@@ -45,10 +45,16 @@ class AbstractRope(abc.ABC):
 def rotate(
     x: Float[Array, "batch seq heads head_dim"],
     tables: tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]],
+    interleaved: bool = False,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Turns the pairs (i, i + half) of every head. Computed in float32, returned in the dtype of `x`."""
+    """Turns the pairs (i, i + half) of every head. Computed in float32, returned in the dtype of `x`.
+
+    With `interleaved` the pairs are (2i, 2i + 1), and come out at (i, i + half): products of queries and keys that were
+    both turned so do not see the order.
+    """
     cos, sin = (table[:, :, None] for table in tables)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    wide = x.astype(jnp.float32)
+    first, second = (wide[..., 0::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 

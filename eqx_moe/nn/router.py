@@ -28,36 +28,55 @@ class AbstractRouter(eqx.Module):
 
 
 class SoftmaxTopKRouter(AbstractRouter):
-    """Softmax over all experts, the k most probable chosen, their probabilities divided by their sum.
+    """Softmax over all experts, the k most probable chosen; with `normalise` their probabilities divided by their sum.
 
-    Mixtral of Experts (Jiang et al. 2024) section 2.1, where the softmax is over the k chosen logits: the same numbers.
-    Whatever the dtype of `x`, logits are summed in float32, and all that follows is float32: softmax, top-k, weights.
-    transformers' Mixtral rounds its logits to the dtype of the model first, which is the same in float32 alone. Equal
-    scores: the lower expert wins.
+    Mixtral of Experts (Jiang et al. 2024) section 2.1, where the softmax is over the k chosen logits, as in gpt-oss:
+    with `normalise` the same numbers. Whatever the dtype of `x`, logits are summed in float32, and all that follows is
+    float32: bias, softmax, top-k, weights. transformers' routers round logits, and some their weights, to the dtype of
+    the model, which is the same in float32 alone. Equal scores: the lower expert wins.
     """
 
     weight: Float[Array, "experts hidden"]
+    bias: Float[Array, " experts"] | None
     k: int = eqx.field(static=True)
+    normalise: bool = eqx.field(static=True)
 
-    def __init__(self, hidden: int, experts: int, k: int, *, std: float, dtype: DTypeLike, key: PRNGKeyArray):
+    def __init__(
+        self,
+        hidden: int,
+        experts: int,
+        k: int,
+        *,
+        normalise: bool = True,
+        bias: bool = False,
+        std: float,
+        dtype: DTypeLike,
+        key: PRNGKeyArray,
+    ):
+        """`bias`: whether logits have one; it starts as zero."""
         _check(k, experts)
         self.weight = normal(key, (experts, hidden), std, dtype)
-        self.k = k
+        self.bias = jnp.zeros(experts, dtype) if bias else None
+        self.k, self.normalise = k, normalise
 
     def logits(self, x: Float[Array, "*tokens hidden"]) -> Float32[Array, "*tokens experts"]:
-        return _float32_logits(x, self.weight.astype(x.dtype))
+        logits = _float32_logits(x, self.weight.astype(x.dtype))
+        return logits if self.bias is None else logits + self.bias.astype(jnp.float32)
 
     def route(self, logits: Float32[Array, "*tokens experts"]) -> Routing:
         weights, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.k)
-        return Routing(experts=experts, weights=weights / jnp.sum(weights, axis=-1, keepdims=True))
+        if self.normalise:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return Routing(experts=experts, weights=weights)
 
 
 class SigmoidTopKRouter(AbstractRouter):
     """A sigmoid for each expert; the k with the largest score plus bias are chosen, and weigh their score without it.
 
-    DeepSeek-V3 (2024) section 2.1.2, without its groups of experts; reference: `DeepseekV3TopkRouter` of transformers
-    5.23, `models/deepseek_v3/modeling_deepseek_v3.py`. With `normalise` the weights are divided by their sum plus
-    1e-20. They are multiplied by `scale` last.
+    DeepSeek-V3 (2024) section 2.1.2; reference: `DeepseekV3TopkRouter` of transformers 5.23,
+    `models/deepseek_v3/modeling_deepseek_v3.py`. Experts are chosen from `kept_groups` of `groups` groups of
+    neighbours, those whose two best experts have the largest sum of score plus bias. With `normalise` the weights are
+    divided by their sum plus 1e-20. They are multiplied by `scale` last.
 
     `selection_bias` is float32 and balances the load (`updated_selection_bias`). It decides who is chosen and nothing
     else, so that it has no gradient. Logits, scores and weights are float32, whatever the dtype of `x` and `weight`.
@@ -67,6 +86,8 @@ class SigmoidTopKRouter(AbstractRouter):
     weight: Float[Array, "experts hidden"]
     selection_bias: Float32[Array, " experts"]
     k: int = eqx.field(static=True)
+    groups: int = eqx.field(static=True)
+    kept_groups: int = eqx.field(static=True)
     normalise: bool = eqx.field(static=True)
     scale: float = eqx.field(static=True)
 
@@ -76,6 +97,8 @@ class SigmoidTopKRouter(AbstractRouter):
         experts: int,
         k: int,
         *,
+        groups: int = 1,
+        kept_groups: int = 1,
         normalise: bool,
         scale: float,
         std: float,
@@ -83,18 +106,21 @@ class SigmoidTopKRouter(AbstractRouter):
         key: PRNGKeyArray,
     ):
         _check(k, experts)
+        _check_groups(k, experts, groups, kept_groups)
         self.weight = normal(key, (experts, hidden), std, dtype)
         self.selection_bias = jnp.zeros(experts, jnp.float32)
-        self.k = k
-        self.normalise = normalise
-        self.scale = scale
+        self.k, self.groups, self.kept_groups = k, groups, kept_groups
+        self.normalise, self.scale = normalise, scale
 
     def logits(self, x: Float[Array, "*tokens hidden"]) -> Float32[Array, "*tokens experts"]:
         return _float32_logits(x.astype(jnp.float32), self.weight.astype(jnp.float32))
 
     def route(self, logits: Float32[Array, "*tokens experts"]) -> Routing:
         scores = jax.nn.sigmoid(logits)
-        _, experts = jax.lax.top_k(scores + self.selection_bias, self.k)
+        choice = scores + self.selection_bias
+        if self.kept_groups < self.groups:
+            choice = _within_groups(choice, self.groups, self.kept_groups)
+        _, experts = jax.lax.top_k(choice, self.k)
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if self.normalise:
             weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
@@ -117,6 +143,29 @@ def updated_selection_bias(
 def _check(k: int, experts: int) -> None:
     if not 1 <= k <= experts:
         raise ValueError(f"`k` must be in [1, experts]; got {k=} and {experts=}.")
+
+
+def _check_groups(k: int, experts: int, groups: int, kept_groups: int) -> None:
+    if not 1 <= groups <= experts or experts % groups:
+        raise ValueError(f"`groups` must divide the experts; got {groups=} and {experts=}.")
+    if not 1 <= kept_groups <= groups:
+        raise ValueError(f"`kept_groups` must be in [1, groups]; got {kept_groups=} and {groups=}.")
+    if kept_groups < groups and experts // groups < 2:
+        raise ValueError(f"A group is judged by its two best experts; got {experts=} in {groups=}.")
+    if k > experts // groups * kept_groups:
+        raise ValueError(
+            f"`k` must be at most the experts of the kept groups; got {k=} and {kept_groups=} groups of "
+            f"{experts // groups}."
+        )
+
+
+def _within_groups(choice: Float32[Array, "*tokens experts"], groups: int, kept: int):
+    """The same, minus infinity outside the groups whose two largest entries have the largest sums."""
+    grouped = choice.reshape(*choice.shape[:-1], groups, -1)
+    best = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+    _, chosen = jax.lax.top_k(best, kept)
+    stays = jnp.any(chosen[..., None] == jnp.arange(groups), axis=-2)
+    return jnp.where(stays[..., None], grouped, -jnp.inf).reshape(choice.shape)
 
 
 def _float32_logits(x, weight):
