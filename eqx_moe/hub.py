@@ -50,6 +50,8 @@ _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 #: With tied embeddings some writers store the head all the same.
 TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
+#: What is written; some families are read in others too.
+LAYOUTS = ("original", "packed")
 # A router with a NaN in it still routes, somehow.
 _ROUTERS = ("layers.{l}.moe.router.weight",)
 
@@ -235,8 +237,8 @@ def to_write(model: Decoder, layout: str) -> tuple[Decoder, tuple[Name, ...], tu
     model = unstack(model)
     family = family_of(model.config)
     layouts = family.names(model.config)
-    if layout not in layouts:
-        raise ValueError(f"`layout` must be one of {sorted(layouts)}; got {layout!r}.")
+    if layout not in LAYOUTS:
+        raise ValueError(f"`layout` must be one of {list(LAYOUTS)}; got {layout!r}.")
     _check_shapes(leaf_paths(model), leaf_paths(skeleton(model.config)))
     return model, layouts[layout], family.keep_fp32
 

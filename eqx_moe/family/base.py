@@ -39,6 +39,8 @@ class Family:
     config: type
     build: Callable[..., Decoder]
     names: Callable[[Any], Layouts]
+    #: Models that are of this family.
+    covers: tuple[str, ...] = ()
     #: Where config.json says nothing of the rope, or no theta.
     default_rope: RopeParameters = RopeParameters()
     #: Other names for `model_type`, in configs of the same form.

@@ -220,6 +220,7 @@ FAMILY = Family(
     config=DeepseekV3Config,
     build=build,
     names=names,
+    covers=("DeepSeek-V3", "DeepSeek-R1", "Kimi-K2", "Moonlight"),
     also=("kimi_k2",),
     aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
     skipped=skipped,

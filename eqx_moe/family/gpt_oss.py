@@ -139,6 +139,7 @@ FAMILY = Family(
     config=GptOssConfig,
     build=build,
     names=names,
+    covers=("gpt-oss-20b", "gpt-oss-120b"),
     default_rope=_ROPE,
     aliases={"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"},
 )

@@ -74,5 +74,6 @@ FAMILY = Family(
     config=LlamaConfig,
     build=build,
     names=names,
+    covers=("Llama 2", "Llama 3", "Llama 3.1 and 3.2 (text)"),
     skipped=rotary_buffers,
 )

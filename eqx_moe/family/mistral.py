@@ -73,5 +73,6 @@ FAMILY = Family(
     config=MistralConfig,
     build=build,
     names=names,
+    covers=("Mistral 7B", "Mistral Nemo"),
     skipped=rotary_buffers,
 )

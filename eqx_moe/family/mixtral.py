@@ -101,6 +101,7 @@ FAMILY = Family(
     config=MixtralConfig,
     build=build,
     names=names,
+    covers=("Mixtral 8x7B", "Mixtral 8x22B"),
     default_rope=_ROPE,
     aliases={"num_experts": "num_local_experts"},
     skipped=rotary_buffers,

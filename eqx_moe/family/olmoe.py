@@ -94,6 +94,7 @@ FAMILY = Family(
     config=OlmoeConfig,
     build=build,
     names=names,
+    covers=("OLMoE-1B-7B",),
     aliases={"num_local_experts": "num_experts"},
     skipped=rotary_buffers,
 )

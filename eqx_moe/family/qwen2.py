@@ -76,5 +76,6 @@ FAMILY = Family(
     config=Qwen2Config,
     build=build,
     names=names,
+    covers=("Qwen2", "Qwen2.5"),
     skipped=rotary_buffers,
 )

@@ -82,5 +82,6 @@ FAMILY = Family(
     config=Qwen3Config,
     build=build,
     names=names,
+    covers=("Qwen3",),
     skipped=rotary_buffers,
 )

@@ -115,6 +115,7 @@ FAMILY = Family(
     config=Qwen3MoeConfig,
     build=build,
     names=names,
+    covers=("Qwen3-30B-A3B", "Qwen3-235B-A22B", "Qwen3-Coder"),
     aliases={"num_local_experts": "num_experts"},
     skipped=rotary_buffers,
 )
