@@ -26,6 +26,7 @@ from eqx_moe.checkpoint.files import exists, listing
 from eqx_moe.checkpoint.jsonfile import read_json
 from eqx_moe.checkpoint.matching import match
 from eqx_moe.checkpoint.names import Name, leaf_paths, replace_leaves
+from eqx_moe.checkpoint.quantised import decoded
 from eqx_moe.checkpoint.reader import load_leaves
 from eqx_moe.checkpoint.replacing import finish_replacing
 from eqx_moe.checkpoint.shards import Stored
@@ -299,7 +300,7 @@ def local_folder(folder: str | os.PathLike, doing: str, expected: str = "a local
 
 
 def match_weights(stored: Mapping[str, Stored], folder: pathlib.Path, config: Any, *, one_dtype: bool) -> None:
-    """Refuses tensors that are not those of the config's model, from their headers alone."""
+    """Refuses (decoded) tensors that are not those of the config's model, from their headers alone."""
     family = family_of(config)
     match(
         folder,
@@ -322,6 +323,7 @@ def dtype_of_most(stored: Mapping[str, Stored]) -> str:
 
 def _preview(stored: Mapping[str, Stored], source: Snapshot, config: Any, dtype: str, mesh: Mesh | None) -> str:
     """Refuses a model that would not load, or not fit; says what it will be in memory."""
+    stored = decoded(stored)
     match_weights(stored, source.folder, config, one_dtype=dtype == "auto")
     dtype = dtype_of_most(stored) if dtype == "auto" else dtype
     model = skeleton(config, dtype=dtype)

@@ -13,6 +13,7 @@ from eqx_moe.checkpoint.checksums import CHECKSUMS
 from eqx_moe.checkpoint.dtypes import weight_dtype
 from eqx_moe.checkpoint.files import exists, open_plain
 from eqx_moe.checkpoint.names import leaf_paths
+from eqx_moe.checkpoint.quantised import decoded
 from eqx_moe.checkpoint.shards import INDEX, open_weights
 from eqx_moe.checkpoint.writer import is_of_one_process, weight_files
 from eqx_moe.errors import CheckpointError
@@ -122,9 +123,10 @@ def push_folder(
     path = local_folder(folder, _DOING)
     config = read_config(path)
     model = skeleton(config)
-    with open_weights(path) as stored:
+    with open_weights(path) as opened:
+        stored = decoded(opened)
         match_weights(stored, path, config, one_dtype=False)
-        shards = sorted({pathlib.Path(tensor.path).name for tensor in stored.values()})
+        shards = sorted({pathlib.Path(tensor.path).name for tensor in opened.values()})
         dtype = dtype_of_most(stored)
     files: dict[str, Content] = {shard: path / shard for shard in shards}
     for name in _BESIDE:

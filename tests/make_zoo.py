@@ -107,7 +107,7 @@ def page() -> str:
 def _reads(family: Family, case: Case) -> str:
     tables = family.names(case.parsed)
     layouts = [name for name in tables if list(tables).index(name) == list(tables.values()).index(tables[name])]
-    return ", ".join([*layouts, "FP8 128 x 128"])
+    return ", ".join([*layouts, *(["FP8 128 x 128"] if "fp8" in family.containers else [])])
 
 
 def _writes(family: Family, case: Case) -> str:

@@ -18,6 +18,7 @@ import eqx_moe
 import eqx_moe.remote.download
 from eqx_moe.checkpoint import leaf_paths
 from eqx_moe.errors import CheckpointError
+from eqx_moe.push import push_folder
 from eqx_moe.remote import client, space
 
 REPO = "org/tiny-model"
@@ -155,6 +156,19 @@ def test_what_is_missing_in_the_repo(repo, saved):
     repo.put(REPO, {**saved, "model.safetensors": saved[SHARDS[0]]})
     refused("IDX-AMBIGUOUS")
     refused("HUB-REPO", "org/nothing", "no folder of that name", where="org/nothing")
+
+
+def test_a_quantised_repo_is_planned_and_decoded(hub, tmp_path):
+    """What is held against the config before the download is what the containers will be read as."""
+    from test_convert_quantised import quantise
+
+    folder = tmp_path / "folder"
+    eqx_moe.save_pretrained(tiny.model(), folder)
+    quantise(folder)
+    hub.put(REPO, {file.name: file.read_bytes() for file in folder.iterdir()})
+    assert weights(eqx_moe.from_pretrained(REPO)) == weights(eqx_moe.from_pretrained(folder))
+    push_folder(folder, "org/again")
+    assert weights(eqx_moe.from_pretrained("org/again")) == weights(eqx_moe.from_pretrained(folder))
 
 
 def test_names_in_the_index_lead_nowhere(repo, saved):

@@ -10,7 +10,15 @@ from jaxtyping import PRNGKeyArray
 
 from eqx_moe.checkpoint.names import Name
 from eqx_moe.errors import CheckpointError
-from eqx_moe.family.config import ConfigError, RopeParameters, config_problem, fields_from_json, head_dim, to_json
+from eqx_moe.family.config import (
+    ConfigError,
+    RopeParameters,
+    check_container,
+    config_problem,
+    fields_from_json,
+    head_dim,
+    to_json,
+)
 from eqx_moe.family.generation_config import default_generation_config
 from eqx_moe.family.rope import rope
 from eqx_moe.nn.attention import Attention
@@ -49,12 +57,15 @@ class Family:
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     #: For a config, templates of tensors that are known and left out, each with its reason.
     skipped: Callable[[Any], Mapping[str, str]] = lambda config: {}
+    #: Quantised containers that its checkpoints come in, by their `quant_method`; they are decoded as they are read.
+    containers: tuple[str, ...] = ("fp8",)
     #: Leaves that stay float32 whatever dtype is asked for.
     keep_fp32: tuple[str, ...] = ()
 
     def parse(self, data: Mapping[str, Any], file: str) -> Any:
         """The config dataclass from a config.json object; `CheckpointError` with code CFG-VALUE."""
         try:
+            check_container(data.get("quantization_config"), self.containers)
             return self.config(**fields_from_json(data, self.config, self.aliases, self.default_rope))
         except ConfigError as error:
             raise config_problem(error, file, f"reading the config of a {self.model_type!r} model") from error

@@ -58,6 +58,12 @@ _SIZES = (
 _LIMITS = {"num_hidden_layers": 10_000} | dict.fromkeys(EXPERT_COUNTS, 100_000)
 _LARGEST = 2**31 - 1
 
+# quant_method -> what its `quantization_config` must say.
+_CONTAINERS = {
+    "fp8": {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]},
+    "mxfp4": {"quant_method": "mxfp4"},
+}
+
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -262,7 +268,8 @@ def fields_from_json(
     if len(spellings) == 2:
         _agree(spellings[0], spellings[1], "torch_dtype", "dtype")
     dtype = spellings[0] if spellings else None
-    _check_container(data.pop("quantization_config", None))
+    # Weights in a quantised container are decoded as they are read, so that the config keeps nothing of it.
+    data.pop("quantization_config", None)
     known = {field.name for field in dataclasses.fields(config)} - {"extra", "rope_parameters", "dtype"}
     hints = typing.get_type_hints(config)
     values: dict[str, Any] = {key: typed(key, data[key], hints[key]) for key in sorted(known) if key in data}
@@ -279,14 +286,14 @@ def fields_from_json(
     return values | {"rope_parameters": rope_from_json(rope), "dtype": dtype, "extra": extra}
 
 
-def _check_container(container: Any) -> None:
-    """Weights in a quantised container are decoded as they are read, so that nothing of it is kept in the config."""
+def check_container(container: Any, methods: tuple[str, ...]) -> None:
+    """The `quantization_config` of a config.json must be of one of the methods that a family is read in."""
     if container is None:
         return
-    read = ({"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}, {"quant_method": "mxfp4"})
+    read = [_CONTAINERS[method] for method in methods]
     found = container if isinstance(container, dict) else {}
     if not any(all(found.get(key) == value for key, value in keys.items()) for keys in read):
-        expected = f"absent, or with {read[0]} or {read[1]}: no other container is read"
+        expected = f"absent, or with {' or '.join(map(str, read))}: no other container of this family is read"
         raise ConfigError("quantization_config", expected, container)
 
 

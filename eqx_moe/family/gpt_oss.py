@@ -141,5 +141,6 @@ FAMILY = Family(
     names=names,
     covers=("gpt-oss-20b", "gpt-oss-120b"),
     default_rope=_ROPE,
+    containers=("mxfp4",),
     aliases={"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"},
 )
