@@ -86,6 +86,16 @@ def test_a_stacked_model_saves_and_generates_and_takes_options(tmp_path):
         stacked.forward(jnp.ones((1, 2), int), cache=model.init_cache(1, 5))
 
 
+def test_weight_decay_is_for_matrices():
+    """Of gpt-oss: its experts have biases, which are stacks of vectors."""
+    from cases import GPT_OSS
+
+    model = draw(GPT_OSS[0].parsed)
+    decays = leaf_paths(jax.tree.map(jnp.asarray, train.are_matrices(model)))
+    expected = {path: path.endswith(("weight", "gate", "up", "down")) and "norm" not in path for path in decays}
+    assert {path: bool(each) for path, each in decays.items()} == expected and 0 < sum(expected.values())
+
+
 def test_weight_decay_leaves_stacked_norms_alone():
     model = tiny.model(dataclasses.replace(RUNS, layer_types=("full_attention",) * 5))
     plain, stacked = train.are_matrices(model), train.are_matrices(eqx_moe.stack(model))

@@ -67,14 +67,19 @@ def adamw(
 def are_matrices(params: PyTree) -> PyTree[bool]:
     """True where a leaf is a matrix or a stack of matrices: what weight decay is for.
 
-    The leading axis of stacked layers does not count: a stack of norms holds no matrix.
+    The leading axis of stacked layers does not count: a stack of norms holds no matrix. Nor do the biases of experts,
+    which are stacks of vectors.
     """
 
-    def leaves(node: PyTree) -> PyTree[bool]:
+    def leaves(path: tuple[Any, ...], node: PyTree) -> PyTree[bool]:
         least = 2 if isinstance(node, Stack) else 1
-        return jax.tree.map(lambda leaf: leaf.ndim > least, node)
 
-    return jax.tree.map(leaves, params, is_leaf=lambda node: isinstance(node, Stack))
+        def is_matrix(inner: tuple[Any, ...], leaf: Any) -> bool:
+            return leaf.ndim > least and not jax.tree_util.keystr((*path, *inner)).endswith("bias")
+
+        return jax.tree_util.tree_map_with_path(is_matrix, node)
+
+    return jax.tree_util.tree_map_with_path(leaves, params, is_leaf=lambda node: isinstance(node, Stack))
 
 
 def init_optimizer(optimizer: optax.GradientTransformation, model: Decoder) -> PyTree:
