@@ -23,8 +23,13 @@ _SCALES = "_scale_inv"
 _MX_BLOCKS, _MX_SCALES, _MX_BLOCK = "_blocks", "_scales", 32
 _DECODED = np.dtype(ml_dtypes.bfloat16)
 _SCALE_DTYPES = {"F32": np.dtype(np.float32), "BF16": _DECODED}
-# Sign, two bits of exponent, one of mantissa (E2M1).
+# What each byte stands for in float32: one FP8 value, or two of FP4 (sign, two bits of exponent, one of mantissa), the
+# low half first and looked up as one number of 64 bits. Tables are several times faster than casts and `ldexp`.
+_FP8 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 _FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+_FP4_PAIRS = np.stack([np.tile(_FP4, 16), np.repeat(_FP4, 16)], axis=-1).view(np.uint64)[:, 0]
+# 2**(scale - 127), and NaN for 255.
+_E8M0 = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32(np.nan))
 
 
 def decode_fp8(
@@ -33,7 +38,7 @@ def decode_fp8(
     """Matrices of float8_e4m3fn times the scales of their 128 x 128 blocks, in float32; given in bfloat16."""
     rows, columns = weight.shape[-2:]
     wide = np.repeat(scales.astype(np.float32), BLOCK, axis=-1)[..., :columns]
-    return (weight.astype(np.float32) * np.repeat(wide, BLOCK, axis=-2)[..., :rows, :]).astype(_DECODED)
+    return (_FP8[weight.view(np.uint8)] * np.repeat(wide, BLOCK, axis=-2)[..., :rows, :]).astype(_DECODED)
 
 
 def decode_mxfp4(
@@ -44,11 +49,11 @@ def decode_mxfp4(
     bfloat16 has each such value, but from 2**128 on it is infinite. The scale 255 is NaN. gpt-oss's own layout in
     bfloat16, [experts, in, out], is the transpose of this one.
     """
-    codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*scales.shape, 2 * blocks.shape[-1])
-    with np.errstate(over="ignore"):
-        values = np.ldexp(_FP4[codes], scales[..., None].astype(np.int32) - 127)
-    values[scales == 255] = np.nan
-    return values.astype(_DECODED).reshape(*scales.shape[:-1], -1)
+    values = _FP4_PAIRS[blocks].view(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        values *= _E8M0[scales][..., None]
+    # Each value is exact in bfloat16, the upper half of a float32.
+    return (values.view(np.uint32) >> 16).astype(np.uint16).view(_DECODED).reshape(*scales.shape[:-1], -1)
 
 
 def decoded(stored: Mapping[str, Stored]) -> dict[str, Stored]:
