@@ -85,13 +85,14 @@ def _parser() -> argparse.ArgumentParser:
         "inspect",
         _inspect,
         "Say what a checkpoint is: its config, its size, its files; and what it takes on many devices. No weights are "
-        "read, and a folder with nothing but a config.json will do.",
+        "read or downloaded, and a folder with nothing but a config.json will do.",
         [
             "eqx-moe inspect examples/assets/shakespeare-moe",
+            "eqx-moe inspect mistralai/Mixtral-8x7B-v0.1",
             "eqx-moe inspect MODEL --mesh data=8,expert=8 --batch-size 64 --seq 4096",
         ],
     )
-    inspect.add_argument("model", metavar="MODEL", help="a checkpoint folder")
+    inspect.add_argument("model", metavar="MODEL", help="a checkpoint folder, or a repo on the Hub")
     inspect.add_argument(
         "--mesh",
         type=_mesh,
@@ -238,28 +239,21 @@ def _inspect(args: argparse.Namespace) -> None:
     import dataclasses
 
     from eqx_moe.checkpoint.names import leaf_paths, plan
-    from eqx_moe.checkpoint.shards import open_weights
-    from eqx_moe.hub import load_config
+    from eqx_moe.hub import look_into
     from eqx_moe.models import count_parameters, family_of, skeleton
 
     if args.mesh is None and (args.batch_size or args.seq):
         raise ValueError("--batch-size and --seq are for a plan; name its devices too, as in --mesh data=2,expert=4.")
-    config = load_config(args.model)
+    found = look_into(args.model)
+    config = found.config
     family, model = family_of(config), skeleton(config)
-    folder = pathlib.Path(args.model)
     tensors = {name: plan(table, leaf_paths(model)).keys() for name, table in family.names(config).items()}
     total, active = count_parameters(model)
     rows = {
         "model": f"{family.model_type} ({family.architecture})",
         "parameters": f"{total:,}" if active == total else f"{total:,} in all, {active:,} active for a token",
     }
-    try:
-        with open_weights(folder) as stored:
-            rows |= _weights(stored, tensors)
-    except CheckpointError as error:
-        if error.code != "ST-WEIGHTS":
-            raise
-        rows["weights"] = "none in this folder"
+    rows |= {"weights": "none here"} if found.stored is None else _weights(found.stored, tensors)
     planned = _plan(args, config, model) if args.mesh else ""
     _print_table(rows)
     print(planned, end="")
@@ -271,13 +265,7 @@ def _inspect(args: argparse.Namespace) -> None:
     shown["rope_parameters"] = {key: value for key, value in rope.items() if value is not None}
     _print_table({f"  {key}": _cell(value) for key, value in shown.items()})
     print("\nfiles")
-    _print_table(
-        {
-            f"  {_cell(file.name)}": f"{file.stat().st_size:>15,} bytes"
-            for file in sorted(folder.iterdir())
-            if file.is_file()
-        }
-    )
+    _print_table({f"  {_cell(name)}": f"{size:>15,} bytes" for name, size in found.files.items()})
 
 
 def _weights(stored: Mapping[str, Any], tensors: Mapping[str, Set[str]]) -> dict[str, str]:
@@ -334,10 +322,11 @@ def _cell(value: object) -> str:
 
 def _generate(args: argparse.Namespace) -> None:
     from eqx_moe.generation import decode_stream, stream
-    from eqx_moe.hub import from_pretrained, load_tokenizer
+    from eqx_moe.hub import from_pretrained, load_tokenizer, pinned
 
-    tokenizer = load_tokenizer(args.model)
-    model = from_pretrained(args.model)
+    commit = pinned(args.model)
+    tokenizer = load_tokenizer(args.model, **commit)
+    model = from_pretrained(args.model, **commit)
     prompt = tokenizer.encode(args.prompt).ids
     ids = stream(
         model,
@@ -361,17 +350,18 @@ def _finetune(args: argparse.Namespace) -> None:
     import jax
 
     from eqx_moe import train
-    from eqx_moe.hub import from_pretrained, load_config, load_tokenizer, save_pretrained
+    from eqx_moe.hub import from_pretrained, load_config, load_tokenizer, pinned, save_pretrained
 
     # What is cheap to find wrong comes before what takes time.
-    config = load_config(args.model)
-    tokenizer = load_tokenizer(args.model)
+    commit = pinned(args.model)
+    config = load_config(args.model, **commit)
+    tokenizer = load_tokenizer(args.model, **commit)
     seq = args.seq or min(512, config.max_position_embeddings)
     if seq > config.max_position_embeddings:
         raise ValueError(f"--seq must be at most {config.max_position_embeddings}, the model's positions; got {seq}.")
     texts = train.read_texts(args.data)
     # In float32 whatever is stored: small updates would be rounded away in 16 bits.
-    model = from_pretrained(args.model, dtype="float32")
+    model = from_pretrained(args.model, dtype="float32", **commit)
     ends = model.generation_config.eos_token_id
     end_id = ends[0] if ends else None
     documents = train.tokenize(texts, tokenizer, vocab_size=config.vocab_size, end_id=end_id)

@@ -29,7 +29,7 @@ from eqx_moe.checkpoint.names import Name, leaf_paths, replace_leaves
 from eqx_moe.checkpoint.quantised import decoded
 from eqx_moe.checkpoint.reader import load_leaves
 from eqx_moe.checkpoint.replacing import finish_replacing
-from eqx_moe.checkpoint.shards import Stored
+from eqx_moe.checkpoint.shards import Stored, open_weights
 from eqx_moe.checkpoint.writer import save_leaves
 from eqx_moe.errors import CheckpointError, quote
 from eqx_moe.execution import AbstractExecution
@@ -74,6 +74,51 @@ def load_config(
     """
     source = _source(repo_or_folder, "loading a config", revision, token, cache_dir, local_files_only)
     return read_config(_fetch(source, _CONFIG))
+
+
+def pinned(repo_or_folder: str | os.PathLike) -> dict[str, str]:
+    """The options with which several calls take the same commit of a repo: `from_pretrained(where, **pinned(where))`.
+
+    None for a folder. The Hub is asked once, and by the calls not again.
+    """
+    source = _source(repo_or_folder, "loading a model", None, None, None, False)
+    return {} if isinstance(source, pathlib.Path) else {"revision": source.commit}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a folder or a repo holds: the config, its files with their bytes, and the tensors as their headers have them
+    (None without weights), of which nothing can be read."""
+
+    config: Any
+    files: dict[str, int]
+    stored: dict[str, Stored] | None
+
+
+def look_into(repo_or_folder: str | os.PathLike) -> Contents:
+    """The contents of a folder or a repo; no weights are read or downloaded.
+
+    Raises:
+        CheckpointError: CFG-*, ST-*, IDX-* and HUB-* codes.
+    """
+    source = _source(repo_or_folder, "looking into a model", None, None, None, False)
+    folder = _fetch(source, _CONFIG)
+    config = read_config(folder)
+    if isinstance(source, Snapshot) and source.files is not None:
+        files = {name: file.size for name, file in source.files.items()}
+    else:
+        files = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+    try:
+        if isinstance(source, Snapshot):
+            stored = source.headers()
+        else:
+            with open_weights(folder) as opened:
+                stored = dict(opened)
+    except CheckpointError as error:
+        if error.code != "ST-WEIGHTS":
+            raise
+        stored = None
+    return Contents(config, dict(sorted(files.items())), stored)
 
 
 def read_config(folder: pathlib.Path) -> Any:

@@ -134,7 +134,7 @@ def test_inspect_plans_from_a_config_alone(run, config_only):
     status, out, err = run(
         "inspect", config_only, "--mesh", "data=2,expert=5,tensor=1", "--batch-size", 20, "--seq", 16
     )
-    assert (status, err) == (0, "") and "none in this folder" in out
+    assert (status, err) == (0, "") and "none here" in out
     mesh = jax.sharding.AbstractMesh((2, 5, 1), ("data", "expert", "tensor"))
     step = train.plan_step(tiny.model(), mesh, rows=20, length=16, optimizer=train.adamw(1e-4, 1))
     assert f"{step.sharding}\n" in out and f"{step}\n" in out

@@ -17,6 +17,7 @@ from huggingface_hub import constants
 import eqx_moe
 import eqx_moe.remote.download
 from eqx_moe.checkpoint import leaf_paths
+from eqx_moe.cli import main
 from eqx_moe.errors import CheckpointError
 from eqx_moe.push import push_folder
 from eqx_moe.remote import client, space
@@ -169,6 +170,20 @@ def test_a_quantised_repo_is_planned_and_decoded(hub, tmp_path):
     assert weights(eqx_moe.from_pretrained(REPO)) == weights(eqx_moe.from_pretrained(folder))
     push_folder(folder, "org/again")
     assert weights(eqx_moe.from_pretrained("org/again")) == weights(eqx_moe.from_pretrained(folder))
+
+
+def test_commands_take_one_commit(repo, saved, tmp_path, capsys):
+    """Tokenizer and weights of one commit, though the branch moves on between them; `inspect` downloads no weights."""
+    assert main(["inspect", REPO]) == 0
+    out = capsys.readouterr().out
+    for part in ("mixtral", "original", SHARDS[3], f"{len(saved[SHARDS[0]]):,} bytes"):
+        assert part in out
+    assert not repo.count(LARGE) and repo.count(HEADER) == len(SHARDS)
+    repo.requests.clear()
+    repo.fault("/resolve/.*tokenizer.json", lambda hub: hub.put(REPO, files_of(tmp_path / "newer", seed=4)))
+    assert main(["generate", REPO, "--prompt", "The wren", "--max-new-tokens", "3"]) == 0
+    assert repo.count("GET /api/models") == 1
+    assert len({request.split("/resolve/")[1][:40] for request in repo.requests if "/resolve/" in request}) == 1
 
 
 def test_names_in_the_index_lead_nowhere(repo, saved):

@@ -118,6 +118,18 @@ class Snapshot:
             )
         return self.fetch(*shards)
 
+    def headers(self) -> dict[str, Stored]:
+        """All tensors by name, of which nothing can be read; no weights are downloaded.
+
+        Raises:
+            CheckpointError: HUB-*, ST-* and IDX-* codes, as for `fetch_weights`.
+        """
+        self.fetch(INDEX)
+        shards = self._shards()
+        if not self.online and (absent := [shard for shard in shards if not exists(self.folder / shard)]):
+            self._refuse_offline(absent)
+        return self._headers(shards)
+
     def _shards(self) -> list[str]:
         """The files of weights: those in the index, or the single one."""
         listed = self.files if self.files is not None else [SINGLE] * exists(self.folder / SINGLE)
