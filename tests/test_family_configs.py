@@ -150,8 +150,8 @@ _GPT_OSS = dict(
     swiglu_limit=7.0, tie_word_embeddings=False, transformers_version="4.55.0.dev0", use_cache=True, vocab_size=201088,
 )  # fmt: skip
 
-#: The config, and how many parameters there are in all and active, in billions. The card of gpt-oss leaves the embedding
-#: out of the active ones, which is counted here.
+#: The config, and how many parameters there are in all and active, in billions. The card of gpt-oss leaves the
+#: embedding out of the active ones, which is counted here.
 PUBLISHED = {
     "Qwen3-30B-A3B": (
         dict(
