@@ -51,7 +51,7 @@ _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 #: With tied embeddings some writers store the head all the same.
 TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
-#: What is written; some families are read in others too.
+#: Layouts that are written. What else a family has in its table (a quantised release, say) is read only.
 LAYOUTS = ("original", "packed")
 # A router with a NaN in it still routes, somehow.
 _ROUTERS = ("layers.{l}.moe.router.weight",)
@@ -282,11 +282,10 @@ def to_write(model: Decoder, layout: str) -> tuple[Decoder, tuple[Name, ...], tu
     """The model with its layers apart, the name table of the layout, and what is written in float32 in any case."""
     model = unstack(model)
     family = family_of(model.config)
-    layouts = family.names(model.config)
     if layout not in LAYOUTS:
         raise ValueError(f"`layout` must be one of {list(LAYOUTS)}; got {layout!r}.")
     _check_shapes(leaf_paths(model), leaf_paths(skeleton(model.config)))
-    return model, layouts[layout], family.keep_fp32
+    return model, family.names(model.config)[layout], family.keep_fp32
 
 
 def small_files(

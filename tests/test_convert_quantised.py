@@ -4,21 +4,19 @@ import json
 
 import converting
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
+import quantised
 import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
+from quantised import AHEAD, BF16, FP8, SINGLE, mxfp4_by_loops, quantise, random_fp8, write
 
 import eqx_moe
 from eqx_moe.checkpoint import leaf_paths
 from eqx_moe.checkpoint.quantised import decode_fp8, decode_mxfp4, decoded
 from eqx_moe.checkpoint.shards import open_weights
 from eqx_moe.errors import CheckpointError
-
-BF16, FP8 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
-SINGLE = "model.safetensors"
 
 
 def fp8_by_loops(weight, scales):
@@ -27,25 +25,6 @@ def fp8_by_loops(weight, scales):
         *batch, row, column = index
         result[index] = BF16(np.float32(weight[index]) * np.float32(scales[(*batch, row // 128, column // 128)]))
     return result
-
-
-def mxfp4_by_loops(blocks, scales):
-    def value(code):
-        """E2M1 as the format defines it: sign, two bits of exponent with bias 1, one bit of mantissa."""
-        sign, exponent, mantissa = -1 if code & 8 else 1, code >> 1 & 3, code & 1
-        return sign * (mantissa / 2 if exponent == 0 else 2 ** (exponent - 1) * (1 + mantissa / 2))
-
-    result = np.empty((*scales.shape, 32), np.float64)
-    for index in np.ndindex(blocks.shape):
-        byte, scale = int(blocks[index]), 2.0 ** (int(scales[index[:-1]]) - 127)
-        result[(*index[:-1], 2 * index[-1])] = value(byte & 15) * scale
-        result[(*index[:-1], 2 * index[-1] + 1)] = value(byte >> 4) * scale
-    return result.reshape(*scales.shape[:-1], -1).astype(BF16)
-
-
-def random_fp8(rng, *shape):
-    blocks = (*shape[:-2], *(-(-size // 128) for size in shape[-2:]))
-    return rng.normal(size=shape).astype(FP8), (rng.normal(size=blocks) ** 2).astype(np.float32)
 
 
 @pytest.mark.parametrize("shape", [(128, 256), (131, 129), (3, 5, 7), (2, 1, 257), (576, 3)], ids=str)
@@ -72,61 +51,36 @@ def test_mxfp4_scale_255_is_nan():
     assert np.isnan(values[0, :32]).all() and not values[0, 32:].any()
 
 
-def write(path, tensors):
-    """A safetensors file, FP8 too, which the reference's NumPy writer cannot be trusted with in all its versions."""
-    names = {np.dtype(FP8): "F8_E4M3", np.dtype(BF16): "BF16", np.dtype(np.float32): "F32"}
-    header, start = {}, 0
-    for name, tensor in tensors.items():
-        offsets = [start, start + tensor.nbytes]
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        start += tensor.nbytes
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(t.tobytes() for t in tensors.values()))
-
-
 @pytest.fixture(scope="module")
 def matrices(tmp_path_factory):
-    """FP8 matrices in a file: a name -> its values, decoded all at once."""
-    folder, rng = tmp_path_factory.mktemp("fp8"), np.random.default_rng(2)
+    """Quantised matrices in a file: a name -> its values, decoded all at once."""
+    folder, rng = tmp_path_factory.mktemp("quantised"), np.random.default_rng(2)
     tensors, expected = {}, {}
     for name, shape in {"edges": (300, 131), "stack": (3, 130, 17), "row": (1, 400)}.items():
         tensors[name], tensors[f"{name}_scale_inv"] = random_fp8(rng, *shape)
         expected[name] = decode_fp8(tensors[name], tensors[f"{name}_scale_inv"])
+    for name, shape in {"mx": (5, 7, 2), "mx_stack": (3, 131, 1), "mx_deep": (2, 3, 5, 3)}.items():
+        blocks, scales = rng.integers(0, 256, (*shape, 16), np.uint8), rng.integers(100, 150, shape, np.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        expected[f"{name}_blocks"] = decode_mxfp4(blocks, scales)
     write(folder / SINGLE, tensors)
     return folder, expected
 
 
 @given(st.data())
-def test_any_piece_of_an_fp8_tensor_can_be_read(matrices, data):
+def test_any_piece_of_a_quantised_tensor_can_be_read(matrices, data):
     folder, expected = matrices
     with open_weights(folder) as stored:
         tensors = decoded(stored)
         assert tensors.keys() == expected.keys()
         name = data.draw(st.sampled_from(sorted(expected)))
         values = expected[name].reshape(-1)
+        assert tensors[name].entry.shape == expected[name].shape and tensors[name].entry.dtype == "BF16"
         first = data.draw(st.integers(0, values.size))
         last = data.draw(st.integers(first, values.size))
         target = np.full(last - first, 99, BF16)
         tensors[name].read_into(tensors[name].entry.start + 2 * first, target)
         assert target.tobytes() == values[first:last].tobytes()
-
-
-def quantise(folder):
-    """Makes a float32 checkpoint an FP8 one, as DeepSeek's are: matrices of the blocks, not embedding, head, router."""
-    tensors = safetensors.numpy.load_file(folder / SINGLE)
-    rng = np.random.default_rng(3)
-    result, plain = {}, {}
-    for name, tensor in tensors.items():
-        if tensor.ndim == 2 and "proj" in name or "experts" in name:
-            result[name], result[f"{name}_scale_inv"] = random_fp8(rng, *tensor.shape)
-            plain[name] = decode_fp8(result[name], result[f"{name}_scale_inv"])
-        else:
-            result[name] = plain[name] = tensor.astype(BF16)
-    write(folder / SINGLE, result)
-    config = json.loads((folder / "config.json").read_text())
-    container = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3", "activation_scheme": "dynamic"}
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": container}))
-    return result, plain
 
 
 def test_a_model_in_fp8_loads_decoded_and_is_saved_so(tmp_path):
@@ -164,8 +118,93 @@ def test_scales_that_do_not_belong_are_refused(tmp_path):
     refused("ST-DTYPE", {key: value for key, value in tensors.items() if key != name})
 
 
+def test_a_deepseek_in_fp8_with_edges_and_a_module_that_predicts_ahead(tmp_path):
+    """What it holds is decoded to the edges; what lies behind the last layer is left out, with its scales."""
+    folder, again = tmp_path / "a", tmp_path / "b"
+    tensors, plain = quantised.write_deepseek(folder)
+    edge = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+    assert tensors[edge].shape == (144, 136) and tensors[f"{edge}_scale_inv"].shape == (2, 2)
+    assert f"{AHEAD}mlp.experts.7.down_proj.weight_scale_inv" in tensors
+    model = eqx_moe.from_pretrained(folder, dtype="auto")
+    eqx_moe.save_pretrained(model, again)
+    config = json.loads((again / "config.json").read_text())
+    assert "quantization_config" not in config and config["num_nextn_predict_layers"] == 1
+    saved = safetensors.numpy.load_file(again / SINGLE)
+    assert saved.keys() == {name for name in plain if not name.startswith(AHEAD)}
+    for name, values in saved.items():
+        assert values.dtype == plain[name].dtype and values.tobytes() == plain[name].tobytes(), name
+    # In one dtype the bias stays as wide as it was.
+    half = eqx_moe.from_pretrained(folder, dtype="bfloat16")
+    assert [path for path, leaf in leaf_paths(half).items() if leaf.dtype != BF16] == [
+        "layers.1.moe.router.selection_bias"
+    ]
+
+
+def test_what_is_not_known_behind_the_last_layer_is_refused(tmp_path):
+    tensors, _ = quantised.write_deepseek(tmp_path)
+
+    def refused():
+        with pytest.raises(CheckpointError) as caught:
+            eqx_moe.from_pretrained(tmp_path)
+        assert caught.value.code == "ST-EXTRA"
+        return caught.value
+
+    for name in (f"{AHEAD}mlp.mystery.weight", "model.layers.3.enorm.weight"):
+        write(tmp_path / SINGLE, {**tensors, name: np.ones(3, BF16)})
+        assert refused().item == name
+    write(tmp_path / SINGLE, tensors)
+    quantised.change_config(tmp_path, num_nextn_predict_layers=0)
+    assert all(AHEAD in problem for problem in refused().problems)
+
+
+def test_a_gpt_oss_in_mxfp4_is_what_it_holds(tmp_path):
+    """Interleaved on disk, and transposed against what is exported in bfloat16; saved again it is that."""
+    folder, again = tmp_path / "a", tmp_path / "b"
+    plain = quantised.write_gpt_oss(folder)
+    model = eqx_moe.from_pretrained(folder, dtype="auto")
+    gate_up = plain["model.layers.1.mlp.experts.gate_up_proj"]
+    for part, values in (("gate", gate_up[:, :, 0::2]), ("up", gate_up[:, :, 1::2])):
+        leaf = np.asarray(getattr(model.layers[1].moe.experts, part))
+        assert leaf.tobytes() == values.swapaxes(1, 2).tobytes()
+    eqx_moe.save_pretrained(model, again)
+    assert "quantization_config" not in json.loads((again / "config.json").read_text())
+    saved = safetensors.numpy.load_file(again / SINGLE)
+    assert saved.keys() == plain.keys()
+    assert all(values.tobytes() == plain[name].tobytes() for name, values in saved.items())
+    with pytest.raises(ValueError, match=r"'original', 'packed'\]; got 'mxfp4'"):
+        eqx_moe.save_pretrained(model, again, layout="mxfp4")
+
+
+MX_WRONG = {
+    "scales too few": (lambda b, s: (b, s[:-1]), "ST-SHAPE"),
+    "scales of another rank": (lambda b, s: (b, s[..., None]), "ST-SHAPE"),
+    "blocks of 32 bytes": (lambda b, s: (np.concatenate([b, b], axis=-1), s), "ST-SHAPE"),
+    "a vector": (lambda b, s: (b[0, 0, 0], s[0, 0, 0, None]), "ST-SHAPE"),
+    "scales in float32": (lambda b, s: (b, s.astype(np.float32)), "ST-DTYPE"),
+}
+
+
+@pytest.mark.parametrize("name", MX_WRONG)
+def test_mxfp4_scales_that_do_not_belong_are_refused(tmp_path, name):
+    change, code = MX_WRONG[name]
+    blocks, scales = change(np.zeros((3, 4, 2, 16), np.uint8), np.full((3, 4, 2), 127, np.uint8))
+    write(tmp_path / SINGLE, {"e.w_blocks": np.ascontiguousarray(blocks), "e.w_scales": np.ascontiguousarray(scales)})
+    with open_weights(tmp_path) as stored, pytest.raises(CheckpointError) as caught:
+        decoded(stored)
+    assert (caught.value.code, caught.value.item) == (code, "e.w_scales")
+    assert "MXFP4" in caught.value.doing
+
+
+def test_blocks_without_scales_and_scales_without_blocks_are_tensors_like_others(tmp_path):
+    """Then it is the name table that does not know them, or their dtype that no weight has."""
+    plain = {"a_blocks": np.zeros((2, 2, 16), np.uint8), "b_scales": np.zeros((2, 2), np.uint8)}
+    write(tmp_path / SINGLE, plain)
+    with open_weights(tmp_path) as stored:
+        assert {name: tensor.decode for name, tensor in decoded(stored).items()} == dict.fromkeys(plain)
+
+
 @pytest.mark.parametrize(
-    "container", [{"quant_method": "mxfp4"}, {"quant_method": "fp8", "weight_block_size": [64, 64]}, 3]
+    "container", [{"quant_method": "gptq"}, {"quant_method": "fp8", "weight_block_size": [64, 64]}, 3]
 )
 def test_other_containers_are_refused(tmp_path, container):
     folder = tmp_path

@@ -161,7 +161,7 @@ def test_what_is_missing_in_the_repo(repo, saved):
 
 def test_a_quantised_repo_is_planned_and_decoded(hub, tmp_path):
     """What is held against the config before the download is what the containers will be read as."""
-    from test_convert_quantised import quantise
+    from quantised import quantise
 
     folder = tmp_path / "folder"
     eqx_moe.save_pretrained(tiny.model(), folder)

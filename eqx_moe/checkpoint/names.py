@@ -71,7 +71,7 @@ class Tensor:
     @property
     def lead(self) -> int:
         """How many of its first axes only number entries that are alike, each with all parts."""
-        return max(0, len(self.shape) + (-2 if self.row.transposed else self.row.axis))
+        return max(0, len(self.shape) + min(self.row.axis, -2 if self.row.transposed else -1))
 
     def joined(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         """The values of the whole tensor, or of an entry, from those of its parts."""

@@ -90,7 +90,7 @@ def load_leaves(
         maps: dict[str, mmap.mmap | None] = {}
         with concurrent.futures.ThreadPoolExecutor(threads()) as pool, progress("loading", size) as bar:
             for paths, group in groups.items():
-                kept = _span(paths, leaves, shardings)
+                kept = _span(group[0], leaves, shardings)
                 source = WEIGHT_DTYPES[stored[group[0].name].entry.dtype]
                 targets = {path: target_dtype(path, source, named, keep_fp32) for path in paths}
                 mapped = _mapped(paths, group, stored, leaves, targets, maps)
@@ -144,16 +144,16 @@ def _run(pool: concurrent.futures.Executor, pieces: list[tuple[int, Callable[[],
 
 
 def _span(
-    paths: tuple[str, ...],
-    leaves: Mapping[str, jax.ShapeDtypeStruct],
-    shardings: Mapping[str, Sharding] | None,
+    tensor: Tensor, leaves: Mapping[str, jax.ShapeDtypeStruct], shardings: Mapping[str, Sharding] | None
 ) -> range | None:
-    """What this process needs of its leaves, along their first axis; None is all."""
-    shape = leaves[paths[0]].shape
-    if shardings is None or (len(paths) > 1 and len(shape) < 3):  # these are concatenated along the first axis
+    """What this process needs of the leaves that share a tensor, along their first axis; None is all."""
+    if shardings is None:
         return None
+    if not (tensor.parts[0].index or tensor.lead) and (tensor.strided or len(tensor.parts) > 1):
+        return None  # a part of the leaves is no piece of the tensor
+    paths = [part.leaf for part in tensor.parts]
     slices = [
-        index[0].indices(shape[0])
+        index[0].indices(leaves[path].shape[0])
         for path in paths
         for index in shardings[path].addressable_devices_indices_map(leaves[path].shape).values()
         if index is not None

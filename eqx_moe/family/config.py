@@ -24,6 +24,7 @@ IGNORED = {
     "ep_size": "how DeepSeek's own code spreads its experts",
     "initial_context_length": "gpt-oss's other name for the rope's original_max_position_embeddings",
     "layer_types": "in families that mix no kinds of layers: checked to say so",
+    "max_window_layers": "in families whose layers all have the window or none, as Qwen3-MoE's in the reference",
     "model_type": "chooses the family",
     "output_attentions": "a switch of the reference's forward pass",
     "output_hidden_states": "a switch of the reference's forward pass",

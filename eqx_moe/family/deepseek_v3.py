@@ -109,6 +109,8 @@ class DeepseekV3Config:
         if not -(-self.num_experts_per_tok // each) <= self.topk_group <= self.n_group:
             expected = f"at most n_group ({self.n_group}), with {self.num_experts_per_tok} experts in {each} each"
             raise ConfigError("topk_group", expected, self.topk_group)
+        if self.rope_parameters.mscale_all_dim and self.rope_parameters.factor is None:
+            raise ConfigError("rope_parameters.factor", "given where mscale_all_dim is", None)
         rope(self)
 
     def is_sparse(self, layer: int) -> bool:

@@ -1,19 +1,41 @@
-"""What holds for every family: rows do not touch each other, caches change nothing, strategies agree."""
+"""The contract: what holds for every family of the registry, and for every decoder.
 
+Rows do not touch each other, caches change nothing, strategies and devices agree, every weight learns. A new family
+runs all of it with its cases (`cases.py`, one of them in `FEW`) and its config for a mesh (`meshes.py`). Two parts of
+the contract stand elsewhere: what is saved is loaded again bit for bit, in every layout (`test_checkpoint_hub.py`), and
+parity with transformers both ways (`test_parity_*.py`, `test_fixtures.py`).
+"""
+
+import collections
 import dataclasses
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
 import pytest
 from cases import CASES, FEW, LLAMA, MIXTRAL
 from weights import draw
 
 import eqx_moe
+from eqx_moe.checkpoint import leaf_paths, replace_leaves
+from eqx_moe.checkpoint.dtypes import target_dtype, weight_dtype
+from eqx_moe.execution import Capacity
+from eqx_moe.models import family_of
 
 PLAIN = LLAMA[0]
 CLOSE = dict(rtol=2e-5, atol=2e-5)
+#: Ends of the paths of weights that have no gradient: the bias decides who is chosen, and nothing else.
+WITHOUT_GRADIENT = ("moe.router.selection_bias",)
+
+
+def test_every_family_is_here():
+    cases = collections.Counter(case.model_type for case in CASES)
+    assert cases.keys() == eqx_moe.families().keys() and min(cases.values()) >= 8
+    assert {case.model_type for case in FEW} == eqx_moe.families().keys()
+    assert meshes.FAMILIES.keys() == eqx_moe.families().keys()
+    assert {name: type(config) for name, config in meshes.FAMILIES.items()} == eqx_moe.families()
 
 
 @pytest.fixture(params=FEW, ids=str, scope="module")
@@ -51,13 +73,14 @@ def test_shapes(case, model, tokens, full):
     assert full.shape == (3, 23, case.config["vocab_size"]) and full.dtype == jnp.float32
     out = jax.eval_shape(lambda m, t: m.forward(t), model, tokens)
     assert out.hidden.shape == (3, 23, case.config["hidden_size"])
-    sparse = case.config["num_hidden_layers"] if case.model_type == "mixtral" else 0
-    assert [len(field) for field in (out.router.logits, out.router.choices, out.router.drops)] == [sparse] * 3
-    if sparse:
-        assert len(out.router.stats) == sparse
-        assert out.router.stats[0].tokens_per_expert.shape == (case.config["num_local_experts"],)
-        assert out.router.logits[0].shape == (3, 23, case.config["num_local_experts"])
-        assert out.router.choices[0].shape == (3, 23, case.config["num_experts_per_tok"])
+    sparse = [layer.moe for layer in model.layers if layer.moe is not None]
+    for field in ("logits", "choices", "weights", "drops", "stats"):
+        assert len(getattr(out.router, field)) == len(sparse)
+    for i, moe in enumerate(sparse):
+        experts, k = moe.experts.num_experts, moe.router.k
+        assert out.router.stats[i].tokens_per_expert.shape == (experts,)
+        assert out.router.logits[i].shape == (3, 23, experts)
+        assert out.router.choices[i].shape == out.router.weights[i].shape == (3, 23, k)
 
 
 def test_a_batch_equals_its_rows(model, tokens, full):
@@ -115,7 +138,7 @@ def test_positions_feed_the_rotary_embedding_only(model, tokens, full):
     assert np.abs(logits(model, tokens, spread) - full).max() > 1e-2
 
 
-def test_execution_strategies_agree_and_every_leaf_has_a_gradient(model, tokens):
+def test_execution_strategies_agree_and_every_leaf_has_a_gradient(model, tokens, full):
     @eqx.filter_jit
     @eqx.filter_value_and_grad
     def value(model, tokens):
@@ -124,19 +147,52 @@ def test_execution_strategies_agree_and_every_leaf_has_a_gradient(model, tokens)
     loss, gradient = value(eqx_moe.with_options(model, execution="grouped"), tokens)
     expected_loss, expected = value(eqx_moe.with_options(model, execution="dense"), tokens)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
-    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-        assert np.isfinite(ours).all() and np.abs(ours).max() > 0
+    expected = leaf_paths(expected)
+    for path, ours in leaf_paths(gradient).items():
+        np.testing.assert_allclose(ours, expected[path], rtol=1e-4, atol=1e-5)
+        assert np.isfinite(ours).all() and (np.abs(ours).max() > 0) != path.endswith(WITHOUT_GRADIENT), path
+    # Room for every token with every expert.
+    roomy = eqx_moe.with_options(model, execution=Capacity(99.0))
+    np.testing.assert_allclose(logits(roomy, tokens), full, **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.full)])
 def test_half_precision_stays_near_float32(model, tokens, full, dtype):
-    half = jax.tree.map(lambda leaf: leaf.astype(dtype), model)
+    kept = family_of(model.config).keep_fp32
+    half = replace_leaves(
+        model,
+        {
+            path: leaf.astype(target_dtype(path, leaf.dtype, weight_dtype(dtype), kept))
+            for path, leaf in leaf_paths(model).items()
+        },
+    )
     out = logits(half, tokens)
     assert out.dtype == jnp.float32
     # The median, for a router may rightly turn to another expert where two were nearly equal.
     assert np.median(np.abs(out - full)) < 0.01 * np.abs(full).max()
-    assert half.init_cache(1, 8).layers[0].keys.dtype == dtype
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.init_cache(1, 8).layers)} == {jnp.dtype(dtype)}
+
+
+@pytest.fixture(scope="module", params=meshes.FAMILIES)
+def on_one(request):
+    """A model on one device, with its loss and its gradients."""
+    model = draw(meshes.FAMILIES[request.param], seed=3)
+    return model, *meshes.value_and_grad(model, meshes.batch())
+
+
+def test_eight_devices_compute_what_one_does(on_one):
+    """Loss, metrics and all gradients; `test_sharding.py` has the other meshes."""
+    meshes.check_loss_and_gradients(on_one, meshes.mesh((2, 2, 2)))
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
+def test_eight_devices_generate_what_one_does(family):
+    """Sinks, windows and biases; and a cache of latents, which has no heads to split."""
+    one = draw(meshes.FAMILIES[family], seed=3)
+    prompts = [[3, 1, 4, 1], [5, 9], [2, 6, 5], [35, 8, 9, 7, 9]]
+    expected = eqx_moe.generate(one, prompts, 9, eos_ids=[])
+    spread = eqx_moe.with_options(one, mesh=meshes.mesh((2, 2, 2)))
+    assert eqx_moe.generate(spread, prompts, 9, eos_ids=[]) == expected
 
 
 def test_bad_ids():
