@@ -13,7 +13,7 @@ from eqx_moe.tokenizer.reference import train_slowly
 def merged(words: dict[str, int], vocab_size: int, *, characters=True, **options):
     """What `train_slowly` gives, by the kernels: vocabulary and merges."""
     prefix = options.get("continuing_subword_prefix", "")
-    chosen = {name: options.pop(name) for name in ("min_frequency", "max_token_length") if name in options}
+    chosen = {name: options.pop(name) for name in ("min_frequency", "max_token_length", "threads") if name in options}
     counts = bpe.word_counts(words)
     symbols = choose_symbols(counts, characters=characters, **options)
     found = merge_words(counts, symbols, vocab_size=vocab_size, continuing_subword_prefix=prefix, **chosen)
@@ -24,7 +24,7 @@ def merged(words: dict[str, int], vocab_size: int, *, characters=True, **options
 def check(data: st.DataObject):
     words = data.draw(bpe.words())
     options = data.draw(bpe.options(words))
-    found = merged(words, **options)
+    found = merged(words, threads=data.draw(st.sampled_from([1, 2, 8])), **options)
     assert found == bpe.train_with_tokenizers(words, **options)
     assert found == train_slowly(words, **options)
 
@@ -51,7 +51,7 @@ def test_equals_the_slow_trainer_with_affixes(data):
     options["continuing_subword_prefix"] = data.draw(st.sampled_from(["", "##", "a", "aa", "b"]))
     options["end_of_word_suffix"] = data.draw(st.sampled_from(["", "</w>", "a", "b"]))
     options["limit_alphabet"] = data.draw(st.none() | st.integers(0, 5))
-    assert merged(words, **options) == train_slowly(words, **options)
+    assert merged(words, threads=2, **options) == train_slowly(words, **options)
 
 
 @settings(max_examples=100, deadline=None)

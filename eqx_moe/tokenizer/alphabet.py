@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eqx_moe.tokenizer import pairs
-from eqx_moe.tokenizer.counts import WordCounts
+from eqx_moe.tokenizer import cells
+from eqx_moe.tokenizer.counts import WordCounts, read_only
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def choose_symbols(
     `initial_alphabet` None is every byte, or no character. The order of symbols is that of `reference.train_slowly`.
     """
     shown = byte_characters()
-    seen = pairs.survey(words.text, words.offsets, words.counts, characters)
+    seen = cells.survey(read_only(words.text), read_only(words.offsets), read_only(words.counts), characters)
     frequencies = {chr(i) if characters else shown[i]: int(seen[:, i].sum()) for i in np.flatnonzero(seen.any(0))}
     if initial_alphabet is None:
         initial_alphabet = () if characters else shown
