@@ -29,7 +29,7 @@ PATTERNS = {
     table.SYMBOL: r"\p{S}",
 }
 
-HEADER = '''"""Unicode classes of all code points, as runs. Written by tests/make_unicode_table.py, read by unicode_table.py.
+HEADER = '''"""Unicode classes of all code points: written by tests/make_unicode_table.py, read by unicode_table.py.
 
 Unicode {unicode}, as tokenizers {version} has it. Derived from the Unicode Character Database, Copyright 1991-2024
 Unicode, Inc., under the Unicode License V3 (see NOTICE).

@@ -1,4 +1,4 @@
-"""Unicode classes of all code points, as runs. Written by tests/make_unicode_table.py, read by unicode_table.py.
+"""Unicode classes of all code points: written by tests/make_unicode_table.py, read by unicode_table.py.
 
 Unicode 16.0, as tokenizers 0.23.3 has it. Derived from the Unicode Character Database, Copyright 1991-2024
 Unicode, Inc., under the Unicode License V3 (see NOTICE).
