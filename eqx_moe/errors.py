@@ -64,6 +64,7 @@ CODES = {
     "DATA-FILE": "a data file is no plain readable file",
     "DATA-SUFFIX": "a data file is neither .txt nor .jsonl",
     "DATA-KIND": "a data file is evidently no text",
+    "DATA-ZSTD": "a .zst file, and nothing installed that unpacks it",
     "DATA-EMPTY": "there is no text, or no document of two tokens",
     "DATA-UTF8": "bytes that are not UTF-8, or half a surrogate pair",
     "DATA-NUL": "a NUL character",

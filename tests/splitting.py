@@ -75,7 +75,8 @@ def oracle(pattern: str) -> pre_tokenizers.PreTokenizer:
     """The pre-tokenizer of a pattern, without the step that turns bytes into characters."""
     if pattern == "metaspace":
         return pre_tokenizers.Split("▁", "merged_with_next")
-    splits = [pre_tokenizers.Split(Regex(part), "isolated") for part in REGULAR_EXPRESSIONS[pattern]]
+    parts = REGULAR_EXPRESSIONS.get(pattern, (pattern,))
+    splits = [pre_tokenizers.Split(Regex(part), "isolated") for part in parts]
     return pre_tokenizers.Sequence(splits)
 
 

@@ -10,7 +10,7 @@ from eqx_moe.tokenizer.cutting import last_cut
 from eqx_moe.tokenizer.scanners import PADDING, classify
 from eqx_moe.tokenizer.word_table import add_pieces
 
-#: How many bytes are looked at together, if the text can be cut so; and how many words. They stay in the nearest caches.
+#: How many bytes are looked at together, if the text can be cut so, and how many words: what near caches hold.
 _BLOCK = 1 << 15
 _PIECES = 1 << 11
 
@@ -26,8 +26,8 @@ def _count(split, text, bounds, by_line, begin, table, slots, records, arena, st
     `by_line`: each line is a document of its own, its end included.
 
     Returns:
-        Why it came back, and where: everything before is counted. With NOT_UTF8, where the first byte stands that begins
-        no character (what is before it may be counted or not).
+        Why it came back, and where: everything before is counted. With NOT_UTF8, where the first byte stands that
+        begins no character (what is before it may be counted or not).
     """
     flags = np.zeros(2 * _BLOCK + PADDING, np.uint8)
     ends = np.empty(_PIECES, np.int64)

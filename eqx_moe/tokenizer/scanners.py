@@ -41,7 +41,14 @@ def flag_table(pattern: str) -> np.ndarray:
     | UPPER, LOWER | `[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]`, `[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]` (`o200k` only) | - |
     | CJK | - | `[一-龥぀-ゟ゠-ヿ]`, with none of the flags above |
     | CJK_WORD, CJK_MARKS | - | what would have been WORD or MARKS, in CJK |
+
+    For `metaspace`, U+2581 is SPACE and all else is WORD.
     """
+    if pattern == "metaspace":
+        flags = np.full(unicode_table.CODE_POINTS, WORD, np.uint8)
+        flags[0x2581] = SPACE
+        flags.flags.writeable = False
+        return flags
     table = unicode_table
     of_class = np.zeros(10, np.uint8)
     of_class[table.WHITESPACE] = SPACE
@@ -368,10 +375,7 @@ def next_deepseek_v3(text, flags, i, end):
 @njit(nogil=True, cache=True)
 def next_metaspace(text, flags, i, end):
     """A piece begins at each U+2581 (which has three bytes) and at the beginning of the text."""
-    j = i + 1
-    while j < end and not (text[j] == 0xE2 and j + 2 < end and text[j + 1] == 0x96 and text[j + 2] == 0x81):
-        j += 1
-    return j
+    return run(flags, i + 3 if flags[i] & SPACE else i, end, WORD)
 
 
 @no_type_check

@@ -1,9 +1,9 @@
 """A hash table from words to how often each was seen, for one thread.
 
 Open addressing over `slots`: uint64, the upper half a word's tag (32 bits of its hash, whose upper bits say where it
-belongs), the lower half its number plus one; 0 is free. `records` is uint64 [words, 4]: for a word of up to 16 bytes its
-bytes, filled up with zeros; for a longer one its first 8 bytes and its place in `arena`, which has all of them; then its
-length and its count. So most words are found with two cache lines.
+belongs), the lower half its number plus one; 0 is free. `records` is uint64 [words, 4]: for a word of up to 16 bytes
+its bytes, filled up with zeros; for a longer one its first 8 bytes and its place in `arena`, which has all of them;
+then its length and its count. So most words are found with two cache lines.
 """
 
 from typing import no_type_check
@@ -133,7 +133,9 @@ def _add_table(more, more_arena, begin, stop, slots, records, arena, state):
     for word in range(begin, stop):
         length = np.int64(more[word, 2])
         place = np.int64(more[word, 1]) if length > _SHORT else 0
-        if not _add(more_arena, place, length, more[word, 0], more[word, 1], more[word, 3], slots, records, arena, state):
+        if not _add(
+            more_arena, place, length, more[word, 0], more[word, 1], more[word, 3], slots, records, arena, state
+        ):
             return word
     return stop
 
