@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import no_type_check
 
@@ -91,7 +91,9 @@ def read_counts(path: PathLike) -> Counted:
             about = _about(name, file.read(length) if length <= _MOST_JSON else b"")
         data = np.memmap(name, np.uint8, "r").view(np.ndarray)
     except OSError as error:
-        raise _error("COUNTS-FILE", name, "a readable file", str(error), "check the path and its permissions") from error
+        raise _error(
+            "COUNTS-FILE", name, "a readable file", str(error), "check the path and its permissions"
+        ) from error
     words, number_of_bytes = about["words"], about["bytes"]
     start = _HEADER + length
     expected = start + 8 * words + 8 * (words + 1) + number_of_bytes + _SUM
@@ -210,7 +212,9 @@ def merge_counts(paths: Sequence[PathLike], out: PathLike) -> Counted:
     """
     counted = read_all(paths)
     with tempfile.TemporaryDirectory(dir=pathlib.Path(out).absolute().parent, prefix=".merging-") as folder:
-        write_counts(out, Counted(add_counts([one.words for one in counted], folder), counted[0].pattern, counted[0].lines))
+        write_counts(
+            out, Counted(add_counts([one.words for one in counted], folder), counted[0].pattern, counted[0].lines)
+        )
     return read_counts(out)
 
 

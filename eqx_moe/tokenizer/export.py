@@ -78,10 +78,14 @@ def save_tokenizer(
     named = {name: token for name, token in named.items() if token is not None}
     for name, token in named.items():
         if tokenizer.token_to_id(token) is None:
-            raise ValueError(f"`{name}` must be a token of the vocabulary; got {token!r}. Add it to the special tokens.")
+            raise ValueError(
+                f"`{name}` must be a token of the vocabulary; got {token!r}. Add it to the special tokens."
+            )
     if out.suffix == ".json":
         if named or chat_template is not None:
-            raise ValueError(f"named tokens and chat templates stand beside tokenizer.json: `out` must be a folder; got {out}.")
+            raise ValueError(
+                f"named tokens and chat templates stand beside tokenizer.json: `out` must be a folder; got {out}."
+            )
         _write(out, tokenizer.to_str(pretty=True))
         return
     out.mkdir(parents=True, exist_ok=True)

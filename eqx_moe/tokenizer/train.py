@@ -1,4 +1,4 @@
-"""Training: texts or counts in, a `tokenizers.Tokenizer` out, with the vocabulary and merges of Hugging Face's trainer."""
+"""Training: texts or counts in, a `tokenizers.Tokenizer` out, with the vocabulary and merges of Hugging Face's."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -28,8 +28,8 @@ class Options(TypedDict, total=False):
     limit_alphabet: keeps so many characters, the most frequent ones; of equally frequent ones those with the smallest
         code points. Others are left out of the words.
     continuing_subword_prefix: stands before each symbol that does not begin a word.
-    end_of_word_suffix: stands behind each symbol that ends a word. Symbols with a prefix or a suffix get their ids after
-        the alphabet, in the order of their texts. (In `tokenizers` the order is that of a hash map.)
+    end_of_word_suffix: stands behind each symbol that ends a word. Symbols with a prefix or a suffix get their ids
+        after the alphabet, in the order of their texts. (In `tokenizers` the order is that of a hash map.)
     threads: how many; None is one for each core that this process may use. The result does not depend on it.
     progress: True shows a bar if stderr is a terminal; or a function, see `Progress`.
     """
@@ -130,9 +130,7 @@ def train_bpe_from_iterator(
 ) -> Tokenizer | list[Tokenizer]:
     """As `train_bpe`, on texts: a list, a generator, a column of a dataset. Each text is one document."""
     settings = _Settings(vocab_size, pattern, special_tokens, min_frequency, max_token_length, **options)
-    return settings.train(
-        count_texts(texts, pattern, threads=settings.threads, progress=settings.shown("counting"))
-    )
+    return settings.train(count_texts(texts, pattern, threads=settings.threads, progress=settings.shown("counting")))
 
 
 @overload
