@@ -1,4 +1,4 @@
-"""Counts as files: what one machine has counted, to be added to what others have. docs/counts-format.md has the layout."""
+"""Counts as files: what one machine counted, to be added to what others have. The layout: docs/counts-format.md."""
 
 import contextlib
 import hashlib
@@ -52,7 +52,7 @@ def write_counts(path: PathLike, counted: Counted) -> None:
     with tempfile.NamedTemporaryFile(dir=target.absolute().parent, prefix=f".{target.name}.", delete=False) as file:
         try:
             for part in parts:
-                data = np.ascontiguousarray(part).view(np.uint8)
+                data = np.ascontiguousarray(part).view(np.uint8).data
                 for start in range(0, len(data), _CHUNK):
                     digest.update(data[start : start + _CHUNK])
                     file.write(data[start : start + _CHUNK])
@@ -101,7 +101,7 @@ def read_counts(path: PathLike) -> Counted:
         raise _error("COUNTS-LENGTH", name, f"{expected:,} bytes", f"{size:,}", "copy the file again, or count again")
     digest = hashlib.sha256()
     for at in range(0, size - _SUM, _CHUNK):
-        digest.update(data[at : min(at + _CHUNK, size - _SUM)])
+        digest.update(data[at : min(at + _CHUNK, size - _SUM)].data)
     if digest.digest() != data[size - _SUM :].tobytes():
         raise _error("COUNTS-SUM", name, "the SHA-256 at its end", "another", "copy the file again, or count again")
     offsets_at, text_at = start + 8 * words, start + 8 * (2 * words + 1)
@@ -246,8 +246,8 @@ def _add_two(one: WordCounts, two: WordCounts, folder: PathLike | None) -> WordC
     offsets = _array(len(one) + len(two) + 1, np.int64, folder)
     counts = _array(len(one) + len(two), np.int64, folder)
     words = _merge_sorted(
-        *(read_only(array) for part in (one, two) for array in (part.text, part.offsets, part.counts)),
-        text, offsets, counts,
+        read_only(one.text), read_only(one.offsets), read_only(one.counts),
+        read_only(two.text), read_only(two.offsets), read_only(two.counts), text, offsets, counts,
     )  # fmt: skip
     return WordCounts(text[: offsets[words]], offsets[: words + 1], counts[:words])
 

@@ -238,8 +238,14 @@ class _Settings:
         )
         self._check_sizes(len(symbols.tokens))
         size, shown = max(self.sizes), self.shown("merging")
-        quiet = not shown if isinstance(shown, bool) else True
-        with tqdm(total=size, desc="merging", unit=" tokens", delay=1, disable=quiet or None) as bar:
+        # Where a function is told, no bar is shown; a bar is only shown on a terminal.
+        with tqdm(total=size, desc="merging", unit=" tokens", delay=1, disable=None if shown is True else True) as bar:
+
+            def show(tokens: int) -> None:
+                bar.update(tokens - bar.n)
+                if not isinstance(shown, bool):
+                    shown(tokens, size)
+
             merges = merge_words(
                 counts,
                 symbols,
@@ -248,9 +254,7 @@ class _Settings:
                 max_token_length=self.max_token_length,
                 continuing_subword_prefix=self.affixes["continuing_subword_prefix"],
                 threads=self.threads,
-                progress=lambda tokens: (
-                    bar.update(tokens - bar.n) and None if isinstance(shown, bool) else shown(tokens, size)
-                ),
+                progress=show,
             )
         trained = [self._tokenizer(merges, size, len(symbols.tokens)) for size in self.sizes]
         return trained if self.several else trained[0]
