@@ -1,9 +1,10 @@
 """A hash table from words to how often each was seen, for one thread.
 
 Open addressing over `slots`: uint64, the upper half a word's tag (32 bits of its hash, whose upper bits say where it
-belongs), the lower half its number plus one; 0 is free. `records` is uint64 [words, 4]: for a word of up to 16 bytes
-its bytes, filled up with zeros; for a longer one its first 8 bytes and its place in `arena`, which has all of them;
-then its length and its count. So most words are found with two cache lines.
+belongs), the lower half its row in `records`; 0 is free, and so row 0 is nobody's. A row is four uint64: for a word of
+up to 16 bytes its bytes, filled up with zeros; for a longer one its first 8 bytes and its place in `arena`, which has
+all of them; then its length and its count. So most words are found with two cache lines, and as words are looked up in
+batches, both have been asked for before they are read.
 """
 
 from typing import no_type_check
@@ -12,13 +13,13 @@ import numpy as np
 from numba import njit
 
 from eqx_moe.tokenizer.counts import WordCounts
-from eqx_moe.tokenizer.machine import byte_swap, load64, trailing_zeros
+from eqx_moe.tokenizer.machine import byte_swap, load64, prefetch, trailing_zeros
 
 _SHORT = 16
+_ROW = np.uint64(4)
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
-_ZERO = np.uint64(0)
-_ONE = np.uint64(1)
+_ZERO, _ONE, _TWO, _THREE = (np.uint64(number) for number in range(4))
 # Odd numbers with bits all over: fractional parts of the square roots of 2, 3 and 5.
 _FIRST = np.uint64(0x6A09E667F3BCC909)
 _SECOND = np.uint64(0xBB67AE8584CAA73B)
@@ -27,8 +28,12 @@ _THIRD = np.uint64(0x3C6EF372FE94F82B)
 _MASKS = np.array([(1 << 8 * min(length, 8)) - 1 for length in range(_SHORT + 1)], np.uint64)
 _NEXT_MASKS = np.array([(1 << 8 * max(length - 8, 0)) - 1 for length in range(_SHORT + 1)], np.uint64)
 
-#: Places in `state`.
+#: Places in `state`: how many words there are, and bytes of the arena in use.
 WORDS, ARENA_USED = range(2)
+
+#: Words of a batch, and what is known about each.
+_BATCH = 64
+_KEY, _NEXT, _MIXED, _START, _LENGTH, _AMOUNT = range(6)
 
 
 @no_type_check
@@ -63,50 +68,63 @@ def _same(text, start, other, place, length):
 
 @no_type_check
 @njit(nogil=True, cache=True)
-def _add(text, start, length, first, second, amount, slots, records, arena, state):
-    """Count a word `amount` times more; False if there is no room for it. `second` is not looked at for a long word."""
+def _mix(text, start, length, first, second):
+    """64 bits of hash, of which the upper ones are good."""
     mixed = (first ^ np.uint64(length) * _THIRD) * _FIRST
     if length <= _SHORT:
-        mixed = (mixed ^ mixed >> _HALF ^ second) * _SECOND
-    else:
-        for k in range(start + 8, start + length - 8, 8):
-            mixed = (mixed ^ mixed >> _HALF ^ load64(text, k)) * _FIRST
-        mixed = (mixed ^ mixed >> _HALF ^ load64(text, start + length - 8)) * _SECOND
-    tag = mixed >> _HALF
-    slot = np.int64(tag >> (_HALF - np.uint64(trailing_zeros(np.uint64(len(slots))))))
-    while True:
-        entry = slots[slot]
-        if entry == _ZERO:
-            break
-        if entry >> _HALF == tag:
-            word = np.int64(entry & _LOW) - 1
-            if records[word, 0] == first and records[word, 2] == np.uint64(length):
-                if length <= _SHORT:
-                    found = records[word, 1] == second
-                else:
-                    found = _same(text, start, arena, np.int64(records[word, 1]), length)
-                if found:
-                    records[word, 3] += amount
-                    return True
-        slot = (slot + 1) & (len(slots) - 1)
-    word = state[WORDS]
-    if word >= len(records) or 2 * word >= len(slots):
-        return False
-    if length > _SHORT:
-        place = state[ARENA_USED]
-        if place + length > len(arena):
-            return False
-        for k in range(length):
-            arena[place + k] = text[start + k]
-        second = np.uint64(place)
-        state[ARENA_USED] = place + length
-    records[word, 0] = first
-    records[word, 1] = second
-    records[word, 2] = np.uint64(length)
-    records[word, 3] = amount
-    slots[slot] = tag << _HALF | np.uint64(word + 1)
-    state[WORDS] = word + 1
-    return True
+        return (mixed ^ mixed >> _HALF ^ second) * _SECOND
+    for k in range(start + 8, start + length - 8, 8):
+        mixed = (mixed ^ mixed >> _HALF ^ load64(text, k)) * _FIRST
+    return (mixed ^ mixed >> _HALF ^ load64(text, start + length - 8)) * _SECOND
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def _add_batch(text, number, batch, slots, records, arena, state):
+    """Count the words of a batch; returns how many, fewer than `number` when there is no room for a new word."""
+    shift = np.uint64(64 - trailing_zeros(np.uint64(len(slots))))
+    mask = np.uint64(len(slots) - 1)
+    for k in range(number):
+        prefetch(slots, np.int64(batch[_MIXED, k] >> shift))
+    for k in range(number):
+        prefetch(records, np.int64(_ROW * (slots[batch[_MIXED, k] >> shift] & _LOW)))
+    for k in range(number):
+        first, second, mixed = batch[_KEY, k], batch[_NEXT, k], batch[_MIXED, k]
+        start, length = np.int64(batch[_START, k]), np.int64(batch[_LENGTH, k])
+        tag, slot = mixed >> _HALF, mixed >> shift
+        while True:
+            entry = slots[slot]
+            if entry == _ZERO:
+                row = state[WORDS] + 1
+                if 4 * (row + 1) > len(records) or 2 * row > len(slots):
+                    return k
+                if length > _SHORT:
+                    place = state[ARENA_USED]
+                    if place + length > len(arena):
+                        return k
+                    arena[place : place + length] = text[start : start + length]
+                    second = np.uint64(place)
+                    state[ARENA_USED] = place + length
+                record = _ROW * np.uint64(row)
+                records[record] = first
+                records[record + _ONE] = second
+                records[record + _TWO] = np.uint64(length)
+                records[record + _THREE] = batch[_AMOUNT, k]
+                slots[slot] = tag << _HALF | np.uint64(row)
+                state[WORDS] = row
+                break
+            if entry >> _HALF == tag:
+                record = _ROW * (entry & _LOW)
+                if records[record] == first and records[record + _TWO] == np.uint64(length):
+                    if length <= _SHORT:
+                        found = records[record + _ONE] == second
+                    else:
+                        found = _same(text, start, arena, np.int64(records[record + _ONE]), length)
+                    if found:
+                        records[record + _THREE] += batch[_AMOUNT, k]
+                        break
+            slot = (slot + _ONE) & mask
+    return number
 
 
 @no_type_check
@@ -117,27 +135,47 @@ def add_pieces(text, start, ends, number, slots, records, arena, state):
     Returns:
         How many were counted: fewer than `number` when there is no room for a new word.
     """
-    for k in range(number):
-        length = ends[k] - start
-        first, second = _load(text, start, length)
-        if not _add(text, start, length, first, second, _ONE, slots, records, arena, state):
-            return k
-        start = ends[k]
+    batch = np.empty((6, _BATCH), np.uint64)
+    batch[_AMOUNT] = _ONE
+    for begin in range(0, number, _BATCH):
+        size = min(_BATCH, number - begin)
+        for k in range(size):
+            length = ends[begin + k] - start
+            first, second = _load(text, start, length)
+            batch[_KEY, k] = first
+            batch[_NEXT, k] = second
+            batch[_MIXED, k] = _mix(text, start, length, first, second)
+            batch[_START, k] = start
+            batch[_LENGTH, k] = length
+            start = ends[begin + k]
+        added = _add_batch(text, size, batch, slots, records, arena, state)
+        if added < size:
+            return begin + added
     return number
 
 
 @no_type_check
 @njit(nogil=True, cache=True)
 def _add_table(more, more_arena, begin, stop, slots, records, arena, state):
-    """Add the words `begin` to `stop` of another table; returns where it had to stop."""
-    for word in range(begin, stop):
-        length = np.int64(more[word, 2])
-        place = np.int64(more[word, 1]) if length > _SHORT else 0
-        if not _add(
-            more_arena, place, length, more[word, 0], more[word, 1], more[word, 3], slots, records, arena, state
-        ):
-            return word
-    return stop
+    """Add the words in rows `begin` to `stop` of another table; returns the row at which it had to stop."""
+    batch = np.empty((6, _BATCH), np.uint64)
+    while begin < stop:
+        size = min(_BATCH, stop - begin)
+        for k in range(size):
+            record = 4 * (begin + k)
+            length = np.int64(more[record + 2])
+            start = np.int64(more[record + 1]) if length > _SHORT else 0
+            batch[_KEY, k] = more[record]
+            batch[_NEXT, k] = more[record + 1]
+            batch[_MIXED, k] = _mix(more_arena, start, length, more[record], more[record + 1])
+            batch[_START, k] = start
+            batch[_LENGTH, k] = length
+            batch[_AMOUNT, k] = more[record + 3]
+        added = _add_batch(more_arena, size, batch, slots, records, arena, state)
+        begin += added
+        if added < size:
+            break
+    return begin
 
 
 @no_type_check
@@ -237,7 +275,7 @@ class WordTable:
 
     def __init__(self):
         self.slots = np.zeros(1 << 15, np.uint64)
-        self.records = np.empty((1 << 14, 4), np.uint64)
+        self.records = np.empty(4 << 14, np.uint64)
         self.arena = np.empty(1 << 18, np.uint8)
         self.state = np.zeros(2, np.int64)
 
@@ -252,13 +290,13 @@ class WordTable:
     def grow(self, length: int):
         """Make room for more words, and for one of `length` bytes."""
         words, used = self.state
-        if 2 * words >= len(self.slots):
+        if 2 * (words + 1) > len(self.slots):
             slots = np.zeros(2 * len(self.slots), np.uint64)
             _place_again(self.slots, slots)
             self.slots = slots
-        if words >= len(self.records):
-            records = np.empty((2 * len(self.records), 4), np.uint64)
-            records[:words] = self.records[:words]
+        if 4 * (words + 2) > len(self.records):
+            records = np.empty(2 * len(self.records), np.uint64)
+            records[: len(self.records)] = self.records
             self.records = records
         if used + length > len(self.arena):
             arena = np.empty(max(2 * len(self.arena), used + length), np.uint8)
@@ -267,13 +305,13 @@ class WordTable:
 
     def add_table(self, other: "WordTable"):
         """Add all counts of another table."""
-        done = 0
-        while (done := _add_table(other.records, other.arena, done, len(other), *self.arrays)) < len(other):
-            self.grow(int(other.records[done, 2]))
+        row, stop = 1, len(other) + 1
+        while (row := _add_table(other.records, other.arena, row, stop, *self.arrays)) < stop:
+            self.grow(int(other.records[4 * row + 2]))
 
     def sorted_counts(self) -> WordCounts:
         """The words in bytewise order, and their counts."""
-        records, number = self.records[: len(self)], len(self)
+        records, number = self.records[4 : 4 * (len(self) + 1)].reshape(-1, 4), len(self)
         keys = np.empty(number, np.uint64)
         _sort_keys(records, keys)
         order = np.argsort(keys)
