@@ -20,10 +20,13 @@ _PAUSE = 1 << 21  # Occurrences between two calls of `progress`: some tenths of 
 
 @dataclass(frozen=True)
 class Merges:
-    """What training gives: all tokens by id, and the merges, int32 [merges, 3]: left, right, result."""
+    """What training gives: all tokens by id, of which `base` were there before anything was merged; the merges, int32
+    [merges, 3]: left, right, result; and by how many symbols each of them shortens the texts, int64 [merges]."""
 
     tokens: list[str]
+    base: int
     steps: np.ndarray
+    saved: np.ndarray
 
 
 def merge_words(
@@ -42,7 +45,7 @@ def merge_words(
     `progress` is called with the number of tokens so far, several times a second.
     """
     if len(symbols.tokens) >= vocab_size:
-        return Merges(list(symbols.tokens), np.zeros((0, 3), np.int32))
+        return Merges(list(symbols.tokens), len(symbols.tokens), np.zeros((0, 3), np.int32), np.zeros(0, np.int64))
     with ThreadPoolExecutor(threads) as pool:
         merger = _Merger(words, symbols, vocab_size, max_token_length, continuing_subword_prefix, threads, pool)
         return merger.run(max(1, min_frequency), progress)
@@ -64,6 +67,7 @@ class _Merger:
         self.threads, self.pool = threads, pool
         self.limit, self.prefix = vocab_size, prefix
         self.tokens = list(symbols.tokens)
+        self.base = len(self.tokens)
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         self.max_length = np.iinfo(np.int32).max if max_token_length is None else max_token_length
         # One symbol more than the vocabulary: see `_answer`.
@@ -80,6 +84,7 @@ class _Merger:
             pairs.add_hash(self.known_hash, np.uint64(digest))
         self.alias = np.array([-1, -1])
         self.merges = np.zeros((vocab_size, 3), np.int32)
+        self.saved = np.zeros(vocab_size, np.int64)
         self.read = 0  # Merges whose texts are in `tokens`.
         self.state = np.zeros(pairs.STATE, np.int64)
         self.state[pairs.VOCAB] = len(self.tokens)
@@ -109,18 +114,18 @@ class _Merger:
         floor = max(least, self.total_count // (32 * self.limit))
         while True:
             self._scan(floor)
-            full = False
-            while len(self.records) and not full:
+            reason = pairs.RESCAN
+            while len(self.records):
                 reason = self._merge(_PAUSE)
                 progress(int(self.state[pairs.VOCAB]))
-                full = reason == pairs.FULL
                 if reason == pairs.GROW:
                     self.records.grow()
-                if reason == pairs.RESCAN or (reason == pairs.ASK and self._answer()):
+                elif reason in (pairs.FULL, pairs.RESCAN) or (reason == pairs.ASK and self._answer()):
                     break
-            if full or (self.records.state[pairs.HEAP] == 0 and floor == least):
+            exhausted = reason == pairs.RESCAN and self.records.state[pairs.HEAP] == 0
+            if reason == pairs.FULL or (exhausted and floor == least):
                 return self._result()
-            if self.records.state[pairs.HEAP] == 0:
+            if exhausted:
                 floor = max(least, floor // _DEPTH)
 
     def _scan(self, floor: int) -> None:
@@ -208,7 +213,7 @@ class _Merger:
             every.table_key, every.table_record, every.shift, every.key, every.count, every.start, every.places,
             every.heap_count, every.heap_record, self.arena, self.seen, self.sums, self.before, self.after,
             self.text_hash, self.text_power, self.known_hash, bool(self.prefix), self.limit, self.merges,
-            self.state, every.state, pause,
+            self.saved, self.state, every.state, pause,
         )  # fmt: skip
 
     def _answer(self) -> bool:
@@ -220,7 +225,9 @@ class _Merger:
         if known is None:
             self.state[pairs.ANSWER] = self.state[pairs.VOCAB]
             return False
-        self.merges = np.concatenate([self.merges, np.zeros((1, 3), np.int32)])  # The vocabulary does not grow.
+        # The vocabulary does not grow.
+        self.merges = np.concatenate([self.merges, np.zeros((1, 3), np.int32)])
+        self.saved = np.concatenate([self.saved, np.zeros(1, np.int64)])
         if known in self.unused:
             self.unused.remove(known)
             self.state[pairs.ANSWER] = known
@@ -248,7 +255,8 @@ class _Merger:
 
     def _result(self) -> Merges:
         self._read_merges()
-        return Merges(self.tokens, self.merges[: self.state[pairs.MERGES]].copy())
+        done = self.state[pairs.MERGES]
+        return Merges(self.tokens, self.base, self.merges[:done].copy(), self.saved[:done].copy())
 
 
 class _Records:

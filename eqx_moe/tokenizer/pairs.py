@@ -265,7 +265,7 @@ def _weigh(seen, sums, side, neighbour, weight, n):
 def merge_until(
     cells, span, length, max_length, class_start, class_count, table_key, table_record, shift, key, count, start,
     places, heap_count, heap_record, arena, seen, sums, before, after, text_hash, text_power,
-    known_hash, ask, limit, merges, state, found, pause,
+    known_hash, ask, limit, merges, saved, state, found, pause,
 ):  # fmt: skip
     """Merges the best pair, again and again, and says why it stopped:
 
@@ -336,6 +336,7 @@ def merge_until(
         width = width_a + width_b
         lefts, rights = 0, 0
         kept = first
+        all_weight = np.int64(0)
         k = 0
         k_end = np.int64(0)
         weight = np.int64(0)
@@ -368,11 +369,13 @@ def merge_until(
                 lefts = _weigh(seen, sums, 0, x, weight, lefts)
             if y != separator:
                 rights = _weigh(seen, sums, 1, y, weight, rights)
+            all_weight += weight
             arena[kept] = at
             before[kept - first] = x
             after[kept - first] = y
             kept += 1
         count[record] = 0
+        saved[merged] = all_weight
 
         # Pairs with the parts become rarer, pairs with c come into being.
         used, records = found[USED], found[RECORDS]

@@ -92,7 +92,7 @@ def train_bpe(
         DataError: for files that cannot be read, or are not UTF-8, with the place.
         ValueError: for options that cannot be, or a vocabulary that has no room for its alphabet.
     """
-    settings = _Settings(vocab_size, pattern, special_tokens, min_frequency, max_token_length, **options)
+    settings = Training(vocab_size, pattern, special_tokens, min_frequency, max_token_length, **options)
     paths = [files] if isinstance(files, (str, os.PathLike)) else files
     return settings.train(
         count_files(paths, pattern, lines=lines, threads=settings.threads, progress=settings.shown("counting"))
@@ -129,7 +129,7 @@ def train_bpe_from_iterator(
     **options: Unpack[Options],
 ) -> Tokenizer | list[Tokenizer]:
     """As `train_bpe`, on texts: a list, a generator, a column of a dataset. Each text is one document."""
-    settings = _Settings(vocab_size, pattern, special_tokens, min_frequency, max_token_length, **options)
+    settings = Training(vocab_size, pattern, special_tokens, min_frequency, max_token_length, **options)
     return settings.train(count_texts(texts, pattern, threads=settings.threads, progress=settings.shown("counting")))
 
 
@@ -163,12 +163,12 @@ def train_bpe_from_counts(
     **options: Unpack[Options],
 ) -> Tokenizer | list[Tokenizer]:
     """As `train_bpe`, on words that were counted before, with this pattern: see `counts_file`."""
-    settings = _Settings(vocab_size, pattern, special_tokens, min_frequency, max_token_length, **options)
+    settings = Training(vocab_size, pattern, special_tokens, min_frequency, max_token_length, **options)
     return settings.train(counts)
 
 
-class _Settings:
-    """The arguments of training, checked before hours of counting."""
+class Training:
+    """The arguments of training, checked before hours of counting, and what follows it."""
 
     def __init__(
         self,
@@ -227,6 +227,11 @@ class _Settings:
         return report if isinstance(report, bool) else lambda done, total: report(phase, done, total)
 
     def train(self, counts: WordCounts) -> Tokenizer | list[Tokenizer]:
+        trained = self.tokenizers(self.merge(counts))
+        return trained if self.several else trained[0]
+
+    def merge(self, counts: WordCounts) -> Merges:
+        """Merges to the largest of the sizes."""
         characters = layout(self.pattern).metaspace
         symbols = choose_symbols(
             counts,
@@ -246,7 +251,7 @@ class _Settings:
                 if not isinstance(shown, bool):
                     shown(tokens, size)
 
-            merges = merge_words(
+            return merge_words(
                 counts,
                 symbols,
                 vocab_size=size,
@@ -256,14 +261,15 @@ class _Settings:
                 threads=self.threads,
                 progress=show,
             )
-        trained = [self._tokenizer(merges, size, len(symbols.tokens)) for size in self.sizes]
-        return trained if self.several else trained[0]
 
-    def _tokenizer(self, merges: Merges, size: int, base: int) -> Tokenizer:
-        """The tokenizer of the first `size` tokens: what a run to that size would have given."""
+    def tokenizers(self, merges: Merges) -> list[Tokenizer]:
+        """One for each size: what a run to that size would have given."""
+        return [self._tokenizer(merges, size) for size in self.sizes]
+
+    def _tokenizer(self, merges: Merges, size: int) -> Tokenizer:
         steps = merges.steps
         last = (steps[:, 2] == size - 1).nonzero()[0]  # The merge that makes the vocabulary full.
-        if size == base:
+        if size == merges.base:
             steps = steps[:0]
         elif len(last):
             steps = steps[: last[0] + 1]
