@@ -16,6 +16,7 @@ from tqdm import tqdm
 from eqx_moe.tokenizer.composed import is_composed
 from eqx_moe.tokenizer.counts import WordCounts
 from eqx_moe.tokenizer.cutting import cut_table
+from eqx_moe.tokenizer.machine import announced
 from eqx_moe.tokenizer.scan_count import DONE, KERNELS, NOT_UTF8
 from eqx_moe.tokenizer.scanners import flag_table
 from eqx_moe.tokenizer.sources import Chunk, PathLike, file_chunks, files_size, joined, text_chunks
@@ -116,7 +117,7 @@ def _count(
         return chunk.size
 
     done = 0
-    with _shown(progress, size) as show, concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    with announced(), _shown(progress, size) as show, concurrent.futures.ThreadPoolExecutor(threads) as pool:
         waiting: list[concurrent.futures.Future[int]] = []
         try:
             for chunk in chunks:
@@ -131,7 +132,7 @@ def _count(
         finally:
             for future in waiting:
                 future.cancel()
-    return _joined(free)
+        return _joined(free)
 
 
 def _joined(tables: list[WordTable]) -> WordCounts:

@@ -4,12 +4,50 @@ Numba has no unaligned load, no count of trailing zeros and no prefetch; LLVM ha
 machine that Numba runs on.
 """
 
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator
 from typing import no_type_check
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, event
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
+
+_log = logging.getLogger("eqx_moe")
+
+# Most of Numba (and with it SciPy) is imported only when the first kernel is called, a quarter of a second. Imports are
+# what a program expects to wait for when it imports.
+cpu_target.typing_context.refresh()
+cpu_target.target_context.refresh()
+
+
+@functools.cache
+def _say_that_it_compiles():
+    _log.warning("compiling the tokenizer's kernels for this machine: once, about ten seconds; then they are kept")
+
+
+class _Announcer(event.Listener):
+    """Says so when Numba compiles, which it does not if it finds a kernel in its cache."""
+
+    def on_start(self, event):
+        _say_that_it_compiles()
+
+    def on_end(self, event):
+        pass
+
+
+@contextlib.contextmanager
+def announced() -> Iterator[None]:
+    """Kernels that are compiled meanwhile are announced in the log, once in a process."""
+    announcer = _Announcer()
+    event.register("numba:compile", announcer)
+    try:
+        yield
+    finally:
+        event.unregister("numba:compile", announcer)
 
 
 def _address(context, builder, array_type, array, index):
