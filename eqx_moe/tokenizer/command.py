@@ -112,7 +112,6 @@ def _train(args: argparse.Namespace) -> None:
     for token in filter(None, named.values()):
         if token not in training.special_tokens:
             raise ValueError(f"a named token must be among --special-tokens; got {token!r}, which is not.")
-    _say_if_compiling(pattern)
     with contextlib.ExitStack() as stack:
         if counted:
             words = add_counts([part.words for part in counted])
@@ -139,7 +138,6 @@ def _count(args: argparse.Namespace) -> None:
     from eqx_moe.tokenizer.counts_file import Counted, write_counts
 
     _check_writable(args.out)
-    _say_if_compiling(args.pattern)
     with _resumable(args.files, args.pattern, args.lines, args.threads, args.out) as words:
         write_counts(args.out, Counted(words, args.pattern, args.lines))
     print(f"{len(words):,} different words, {int(words.counts.sum()):,} in all: {args.out}")
@@ -222,16 +220,3 @@ def _groups(files: Sequence[str]) -> Iterator[list[str]]:
             group, size = [], 0
     if group:
         yield group
-
-
-def _say_if_compiling(pattern: str) -> None:
-    """Says once that kernels are compiled: on a machine's first run, and after an update."""
-    from eqx_moe.tokenizer.pairs import merge_until
-    from eqx_moe.tokenizer.scan_count import KERNELS
-
-    for kernel in (merge_until, KERNELS.get(pattern, merge_until)):
-        source = pathlib.Path(kernel.py_func.__code__.co_filename)
-        index = pathlib.Path(str(kernel.stats.cache_path)).glob(f"{source.stem}.{kernel.py_func.__qualname__}-*.nbi")
-        if not any(file.stat().st_mtime >= source.stat().st_mtime for file in index):
-            print("compiling for this machine: some 15 seconds, the first time only", file=sys.stderr)
-            return

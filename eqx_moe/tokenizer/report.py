@@ -172,14 +172,14 @@ def _plot(curve: Sequence[tuple[int, float]]) -> str:
         x = left + (np.log(n) - low) / (high - low) * (width - left - 20)
         return round(float(x), 1), round(float(height - bottom - value / top * (height - bottom)), 1)
 
-    points = [place(n, value) for n, value in curve]
+    points = [place(float(n), value) for n, value in curve]
     marks = "".join(f'<circle cx="{x}" cy="{y}" r="3"/>' for x, y in points)
     below = "".join(
         f'<text x="{x}" y="{height - bottom + 18}" text-anchor="middle">{n:,}</text>'
         for (n, _), (x, _) in [*zip(curve, points, strict=True)][:: max(1, len(curve) // 6)]
     )
     beside = "".join(
-        f'<text x="{left - 8}" y="{place(curve[0][0], n)[1] + 4}" text-anchor="end">{n}</text>'
+        f'<text x="{left - 8}" y="{place(float(curve[0][0]), float(n))[1] + 4}" text-anchor="end">{n}</text>'
         for n in range(int(top) + 1)
     )
     line = " ".join(f"{x},{y}" for x, y in points)

@@ -11,6 +11,7 @@ from eqx_moe.tokenizer.alphabet import byte_characters, choose_symbols
 from eqx_moe.tokenizer.count import count_files, count_texts
 from eqx_moe.tokenizer.counts import WordCounts
 from eqx_moe.tokenizer.export import build_tokenizer
+from eqx_moe.tokenizer.machine import announced
 from eqx_moe.tokenizer.merge import Merges, merge_words
 from eqx_moe.tokenizer.patterns import BYTE_TOKENS, layout
 
@@ -232,6 +233,10 @@ class Training:
 
     def merge(self, counts: WordCounts) -> Merges:
         """Merges to the largest of the sizes."""
+        with announced():
+            return self._merge(counts)
+
+    def _merge(self, counts: WordCounts) -> Merges:
         characters = layout(self.pattern).metaspace
         symbols = choose_symbols(
             counts,
