@@ -56,6 +56,33 @@ def survey(text, offsets, counts, characters):
 
 @no_type_check
 @njit(nogil=True, cache=True)
+def count_counts(counts, words_of):
+    """Adds up how many words have each count below `len(words_of)`; returns how many have a higher one."""
+    others = 0
+    for word in range(len(counts)):
+        if counts[word] < len(words_of):
+            words_of[counts[word]] += 1
+        else:
+            others += 1
+    return others
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def sort_by_count(counts, free, order, others):
+    """Puts words in order: `free` is where the next word of a count goes. Words of counts past it go into `others`."""
+    n = 0
+    for word in range(len(counts)):
+        if counts[word] < len(free):
+            order[free[counts[word]]] = word
+            free[counts[word]] += 1
+        else:
+            others[n] = word
+            n += 1
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
 def fill(text, offsets, counts, order, characters, ids, cells, class_start, class_count):
     """Writes the words' symbols into `cells` and says how many cells and how many classes of counts there are.
 

@@ -1,5 +1,6 @@
 """The merge phase: from counted words to merges, exactly as `reference.train_slowly` makes them."""
 
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,12 +10,13 @@ import numpy as np
 
 from eqx_moe.tokenizer import cells, pairs
 from eqx_moe.tokenizer.alphabet import Symbols
-from eqx_moe.tokenizer.counts import WordCounts, read_only
+from eqx_moe.tokenizer.counts import WordCounts, large_array, read_only
 
 _BASE = 0x100000001B3  # Of the polynomial hash of a token's text.
 _WORD = 2**64
 _BUCKETS = 20  # log2 of how many sums weigh pairs before they are counted.
 _DEPTH = 16  # What `floor` is divided by when no pair reaches it.
+_FEW = 2**32  # Cells whose positions 32 bits hold.
 _PAUSE = 1 << 21  # Occurrences between two calls of `progress`: some tenths of a second.
 
 
@@ -38,17 +40,37 @@ def merge_words(
     max_token_length: int | None = None,
     continuing_subword_prefix: str = "",
     threads: int = 1,
+    max_memory: int | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Merges:
     """Merges pairs until there are `vocab_size` tokens, or no pair occurs max(1, min_frequency) times.
 
-    `progress` is called with the number of tokens so far, several times a second.
+    `progress` is called with the number of tokens so far, several times a second. `max_memory`, in bytes, bounds what
+    is taken besides `words`: where it does not suffice, words and places lie in mapped files without names, in the
+    folder for temporary files. A bound that is too low for anything is refused.
     """
     if len(symbols.tokens) >= vocab_size:
         return Merges(list(symbols.tokens), len(symbols.tokens), np.zeros((0, 3), np.int32), np.zeros(0, np.int64))
+    whole, least = memory_needed(words, vocab_size, threads)
+    if max_memory is not None and max_memory < least:
+        raise ValueError(f"`max_memory` must be at least {least:,} bytes for {threads} threads; got {max_memory:,}.")
+    folder = tempfile.gettempdir() if max_memory is not None and max_memory < whole else None
     with ThreadPoolExecutor(threads) as pool:
-        merger = _Merger(words, symbols, vocab_size, max_token_length, continuing_subword_prefix, threads, pool)
+        merger = _Merger(words, symbols, vocab_size, max_token_length, continuing_subword_prefix, threads, pool, folder)
         return merger.run(max(1, min_frequency), progress)
+
+
+def memory_needed(words: WordCounts, vocab_size: int, threads: int) -> tuple[int, int]:
+    """About how many bytes merging takes, and how many of them cannot lie in files."""
+    records = threads * max(1 << 16, 4 * vocab_size)
+    # Sums by hash; records with their hash tables, of each thread and together; the vocabulary; the tokenizer.
+    least = (threads + 1) * 8 * 2**_BUCKETS + 184 * records + 400 * vocab_size + (64 << 20)
+    symbols = len(words.text) + len(words)
+    return least + 8 * len(words) + (_cell_type(vocab_size)().itemsize + 8) * symbols, least
+
+
+def _cell_type(vocab_size: int) -> type:
+    return np.uint16 if vocab_size < 0xFFFE else np.uint32
 
 
 class _Merger:
@@ -63,8 +85,10 @@ class _Merger:
         prefix: str,
         threads: int,
         pool: ThreadPoolExecutor,
+        folder: str | None,
     ):
-        self.threads, self.pool = threads, pool
+        self.threads, self.pool, self.folder = threads, pool, folder
+        self.cell_type = _cell_type(vocab_size)
         self.limit, self.prefix = vocab_size, prefix
         self.tokens = list(symbols.tokens)
         self.base = len(self.tokens)
@@ -96,14 +120,20 @@ class _Merger:
         self.unused = set(range(len(self.tokens))) - set(np.unique(symbols.ids).tolist())  # No word holds these.
 
     def _fill(self, words: WordCounts, symbols: Symbols) -> None:
-        order = np.argsort(-words.counts, kind="stable")
-        classes = 1 + np.count_nonzero(np.diff(words.counts[order]))
+        counts = read_only(words.counts)
+        # The most frequent first; of equally frequent ones in bytewise order, so that similar ones lie close together.
+        words_of = np.zeros(1 << 16, np.int64)
+        frequent = np.empty(cells.count_counts(counts, words_of), np.int64)
+        order = large_array(len(counts), np.int64, self.folder)
+        cells.sort_by_count(counts, len(frequent) + words_of[::-1].cumsum()[::-1] - words_of, order, frequent)
+        order[: len(frequent)] = frequent[np.argsort(-counts[frequent], kind="stable")]
+        classes = np.count_nonzero(words_of) + len(np.unique(counts[frequent]))
         self.class_start = np.zeros(classes, np.int64)
         self.class_count = np.zeros(classes, np.int64)
         room = len(words.text) + len(words) + 1
-        self.cells = np.empty(room, np.uint16 if self.limit < 0xFFFE else np.uint32)
+        self.cells = large_array(room, self.cell_type, self.folder)
         self.size, classes = cells.fill(
-            read_only(words.text), read_only(words.offsets), read_only(words.counts), order, symbols.characters,
+            read_only(words.text), read_only(words.offsets), counts, order, symbols.characters,
             symbols.ids, self.cells, self.class_start, self.class_count,
         )  # fmt: skip
         self.class_start, self.class_count = self.class_start[:classes], self.class_count[:classes]
@@ -159,8 +189,8 @@ class _Merger:
             every.places, every.state,
         )  # fmt: skip
         most = int(every.places[: len(every)].max(initial=0))
-        self.arena = np.empty(2 * used + 2 * most, np.uint32 if self.size < 2**32 else np.int64)
-        self.before, self.after = np.empty(most, self.cells.dtype), np.empty(most, self.cells.dtype)
+        self.arena = large_array(2 * used + 2 * most, np.uint32 if self.size < _FEW else np.int64, self.folder)
+        self.before, self.after = (large_array(most, self.cell_type, self.folder) for _ in range(2))
         free = every.start[: len(every)].copy()
         for part in parts:
             pairs.share_arena(
