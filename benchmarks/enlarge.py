@@ -2,11 +2,11 @@
 
     python benchmarks/enlarge.py /path/to/data /tmp/large      # EQX_MOE_DATA, and where to write
 
-Each file is followed by copies of itself in which some letters are others: each is replaced by a letter that stands within
-a few hundred letters of it, so that scripts and the frequencies of letters stay what they are. How many, is chosen such
-that the number of different words grows as it does when more text of the same kind is added: from 68,000 to about 150,000
-for the English books, from 472,000 to about 1.7 million for the many languages (as counted with GPT-2's pattern). The same
-bytes come out every time.
+Each file is followed by copies of itself in which some letters are others: each is replaced by a letter that stands
+within a few hundred letters of it, so that scripts and the frequencies of letters stay what they are. How many, is
+chosen such that the number of different words grows as it does when more text of the same kind is added: from 68,000 to
+about 145,000 for the English books, from 472,000 to about 1.7 million for the many languages (as counted with GPT-2's
+pattern). The same bytes come out every time.
 """
 
 import argparse

@@ -20,8 +20,8 @@ _log = logging.getLogger("eqx_moe")
 
 # Most of Numba (and with it SciPy) is imported only when the first kernel is called, a quarter of a second. Imports are
 # what a program expects to wait for when it imports.
-cpu_target.typing_context.refresh()
-cpu_target.target_context.refresh()
+cpu_target.typing_context.refresh()  # pyright: ignore[reportAttributeAccessIssue]
+cpu_target.target_context.refresh()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.cache

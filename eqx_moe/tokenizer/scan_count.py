@@ -26,8 +26,8 @@ def _count(split, text, bounds, by_line, begin, table, slots, records, arena, st
     `by_line`: each line is a document of its own, its end included.
 
     Returns:
-        Why it came back, and where: everything before is counted. With NOT_UTF8, where the first byte stands that
-        begins no character (what is before it may be counted or not).
+        Why it came back; where: everything before is counted; and with NO_ROOM the length of the word there. With
+        NOT_UTF8, the place of the first byte that begins no character (what is before may be counted or not).
     """
     flags = np.zeros(2 * _BLOCK + PADDING, np.uint8)
     ends = np.empty(_PIECES, np.int64)
@@ -48,7 +48,7 @@ def _count(split, text, bounds, by_line, begin, table, slots, records, arena, st
                     flags = larger
                 wrong = classify(block, known, reach, table, flags)
                 if wrong >= 0:
-                    return NOT_UTF8, begin + wrong
+                    return NOT_UTF8, begin + wrong, 0
                 stop = reach if reach == len(block) else last_cut(block, flags, 0, reach)
                 known = reach
             here = 0
@@ -63,10 +63,11 @@ def _count(split, text, bounds, by_line, begin, table, slots, records, arena, st
                     number = split(block, flags, here, line_end, ends)
                     counted = add_pieces(block, here, ends, number, slots, records, arena, state)
                     if counted < number:
-                        return NO_ROOM, begin + (ends[counted - 1] if counted else here)
+                        here = ends[counted - 1] if counted else here
+                        return NO_ROOM, begin + here, ends[counted] - here
                     here = ends[number - 1]
             begin += stop
-    return DONE, begin
+    return DONE, begin, 0
 
 
 @no_type_check

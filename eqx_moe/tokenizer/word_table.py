@@ -80,6 +80,13 @@ def _mix(text, start, length, first, second):
 
 @no_type_check
 @njit(nogil=True, cache=True)
+def _is_full(words, slots):
+    """Whether one more word would make searches long."""
+    return 8 * (words + 1) > 5 * slots
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
 def _add_batch(text, number, batch, slots, records, arena, state):
     """Count the words of a batch; returns how many, fewer than `number` when there is no room for a new word."""
     shift = np.uint64(64 - trailing_zeros(np.uint64(len(slots))))
@@ -96,7 +103,7 @@ def _add_batch(text, number, batch, slots, records, arena, state):
             entry = slots[slot]
             if entry == _ZERO:
                 row = state[WORDS] + 1
-                if 4 * (row + 1) > len(records) or 2 * row > len(slots):
+                if 4 * (row + 1) > len(records) or _is_full(row - 1, len(slots)):
                     return k
                 if length > _SHORT:
                     place = state[ARENA_USED]
@@ -196,20 +203,7 @@ def _place_again(old, new):
 def _sort_keys(records, keys):
     """The first eight bytes of each word as a number: its order is that of the bytes."""
     for word in range(len(keys)):
-        keys[word] = byte_swap(records[word, 0])
-
-
-@no_type_check
-@njit(nogil=True, cache=True)
-def _is_before(one, two, records, arena):
-    """Whether one word comes before another whose first eight bytes are the same."""
-    length, other = np.int64(records[one, 2]), np.int64(records[two, 2])
-    shorter = min(length, other)
-    for k in range(8, shorter, 8):
-        left, right = _eight(records, arena, one, length, k), _eight(records, arena, two, other, k)
-        if left != right:
-            return left < right
-    return length < other
+        keys[word] = byte_swap(records[4 * word + 4])
 
 
 @no_type_check
@@ -217,11 +211,23 @@ def _is_before(one, two, records, arena):
 def _eight(records, arena, word, length, k):
     """Bytes k to k + 8 of a word, as a number that orders as they do; zeros after its end."""
     if length <= _SHORT:
-        return byte_swap(records[word, k >> 3])
-    place = np.int64(records[word, 1])
+        return byte_swap(records[4 * word + 4 + (k >> 3)])
+    place = np.int64(records[4 * word + 5])
     if k + 8 <= length:
         return byte_swap(load64(arena, place + k))
     return byte_swap(_bytes_as_word(arena, place + k, place + length))
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def _is_before(one, two, records, arena):
+    """Whether one word comes before another whose first eight bytes are the same."""
+    length, other = np.int64(records[4 * one + 6]), np.int64(records[4 * two + 6])
+    for k in range(8, min(length, other), 8):
+        left, right = _eight(records, arena, one, length, k), _eight(records, arena, two, other, k)
+        if left != right:
+            return left < right
+    return length < other
 
 
 @no_type_check
@@ -253,30 +259,30 @@ def _sort_ties(order, keys, records, arena, spare):
 @no_type_check
 @njit(nogil=True, cache=True)
 def _write(order, records, arena, text, offsets, counts):
-    """Write the words in an order, as `WordCounts` has them."""
-    place = 0
+    """Write words, word k to `text[offsets[k] : offsets[k + 1]]`, and their counts."""
     for k in range(len(order)):
-        word = order[k]
-        length = np.int64(records[word, 2])
+        record = 4 * order[k] + 4
+        place, length = offsets[k], offsets[k + 1] - offsets[k]
         if length > _SHORT:
-            begin = np.int64(records[word, 1])
+            begin = np.int64(records[record + 1])
             text[place : place + length] = arena[begin : begin + length]
         else:
             for j in range(length):
-                text[place + j] = np.uint8(records[word, j >> 3] >> np.uint64(8 * (j & 7)))
-        offsets[k] = place
-        counts[k] = np.int64(records[word, 3])
-        place += length
-    offsets[len(order)] = place
+                text[place + j] = np.uint8(records[record + (j >> 3)] >> np.uint64(8 * (j & 7)))
+        counts[k] = np.int64(records[record + 3])
 
 
 class WordTable:
-    """Words and their counts, while they are being counted; used by one thread at a time."""
+    """Words and their counts, while they are being counted; used by one thread at a time.
 
-    def __init__(self):
-        self.slots = np.zeros(1 << 15, np.uint64)
-        self.records = np.empty(4 << 14, np.uint64)
-        self.arena = np.empty(1 << 18, np.uint8)
+    With `memory`, the table takes so many bytes and never grows.
+    """
+
+    def __init__(self, memory: int | None = None):
+        slots, words, arena = (1 << 15, 1 << 14, 1 << 18) if memory is None else _shares(memory)
+        self.slots = np.zeros(slots, np.uint64)
+        self.records = np.empty(4 * (words + 1), np.uint64)
+        self.arena = np.empty(arena, np.uint8)
         self.state = np.zeros(2, np.int64)
 
     @property
@@ -287,10 +293,15 @@ class WordTable:
     def __len__(self) -> int:
         return int(self.state[WORDS])
 
+    def clear(self):
+        """Forget all words."""
+        self.slots[:] = 0
+        self.state[:] = 0
+
     def grow(self, length: int):
         """Make room for more words, and for one of `length` bytes."""
         words, used = self.state
-        if 2 * (words + 1) > len(self.slots):
+        if _is_full(int(words), len(self.slots)):
             slots = np.zeros(2 * len(self.slots), np.uint64)
             _place_again(self.slots, slots)
             self.slots = slots
@@ -309,14 +320,29 @@ class WordTable:
         while (row := _add_table(other.records, other.arena, row, stop, *self.arrays)) < stop:
             self.grow(int(other.records[4 * row + 2]))
 
-    def sorted_counts(self) -> WordCounts:
-        """The words in bytewise order, and their counts."""
-        records, number = self.records[4 : 4 * (len(self) + 1)].reshape(-1, 4), len(self)
-        keys = np.empty(number, np.uint64)
-        _sort_keys(records, keys)
+    def sorted_order(self) -> np.ndarray:
+        """The numbers of the words (from 0 on) in bytewise order: int64 [words]."""
+        keys = np.empty(len(self), np.uint64)
+        _sort_keys(self.records, keys)
         order = np.argsort(keys)
-        _sort_ties(order, keys, records, self.arena, np.empty_like(order))
-        text = np.empty(int(records[:, 2].sum()), np.uint8)
-        offsets, counts = np.empty(number + 1, np.int64), np.empty(number, np.int64)
-        _write(order, records, self.arena, text, offsets, counts)
+        _sort_ties(order, keys, self.records, self.arena, np.empty_like(order))
+        return order
+
+    def written(self, order: np.ndarray) -> WordCounts:
+        """Some words, in the order of their numbers in `order`."""
+        offsets, counts = np.zeros(len(order) + 1, np.int64), np.empty(len(order), np.int64)
+        np.cumsum(self.records[4 * order + 6], out=offsets[1:], dtype=np.int64)
+        text = np.empty(int(offsets[-1]), np.uint8)
+        _write(order, self.records, self.arena, text, offsets, counts)
         return WordCounts(text, offsets, counts)
+
+
+def _shares(memory: int) -> tuple[int, int, int]:
+    """How many slots, words and bytes of arena make up a table that takes `memory` bytes, while it is sorted too."""
+    slots = 1 << 10
+    while True:
+        # A word: its row, half of it for the arena, and three numbers for sorting.
+        words = max(memory - 8 * slots, 0) // (32 + 16 + 24)
+        if not _is_full(words, slots):
+            return slots, words, 16 * words
+        slots *= 2
