@@ -32,10 +32,10 @@ def test_large_arrays_may_lie_in_files(monkeypatch):
     made = []
     really = merge.large_array
     monkeypatch.setattr(merge, "large_array", lambda *args: made.append(args[2]) or really(*args))
-    monkeypatch.setattr(merge, "memory_needed", lambda *args: (1001, 1000))
-    assert merged(words, 400, threads=2, max_memory=1000) == expected
+    monkeypatch.setattr(merge, "memory_needed", lambda *args: 2**60)
+    assert merged(words, 400, threads=2, max_memory=2**59) == expected
     assert len(made) > 4 and all(made)
-    with pytest.raises(ValueError, match="at least 1,000 bytes for 2 threads; got 999"):
+    with pytest.raises(ValueError, match="bytes for 2 threads and 400 tokens; got 999"):
         merged(words, 400, threads=2, max_memory=999)
 
 
@@ -56,7 +56,7 @@ def test_positions_too_large_for_32_bits(monkeypatch):
 def test_what_memory_is_needed_grows_with_words_and_vocabulary():
     few, many = bpe.word_counts({"ab": 1}), bpe.word_counts({f"{i}": 1 for i in range(5000)})
     assert merge.memory_needed(many, 300, 2) > merge.memory_needed(few, 300, 2)
-    assert merge.memory_needed(few, 70_000, 2)[1] > merge.memory_needed(few, 300, 2)[1]
+    assert merge.least_memory(70_000, 2) > merge.least_memory(300, 2) > merge.least_memory(300, 1)
 
 
 def check(data: st.DataObject):

@@ -89,6 +89,7 @@ def _add_cutting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pattern", metavar="PATTERN", help=_PATTERN, default="llama3")
     parser.add_argument("--lines", action="store_true", help="each line is a document of its own")
     parser.add_argument("--threads", type=int, metavar="N", help="how many (one for each core)")
+    parser.add_argument("--max-memory", metavar="SIZE", help="such as 8GB; what does not fit goes to disk")
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -107,7 +108,7 @@ def _train(args: argparse.Namespace) -> None:
         pattern = counted[0].pattern
     training = Training(
         args.vocab_size, pattern, args.special_tokens, args.min_frequency, args.max_token_length,
-        limit_alphabet=args.limit_alphabet, threads=args.threads,
+        limit_alphabet=args.limit_alphabet, threads=args.threads, max_memory=args.max_memory,
     )  # fmt: skip
     for token in filter(None, named.values()):
         if token not in training.special_tokens:
@@ -116,7 +117,7 @@ def _train(args: argparse.Namespace) -> None:
         if counted:
             words = add_counts([part.words for part in counted])
         else:
-            words = stack.enter_context(_resumable(args.files, pattern, args.lines, training.threads, args.out))
+            words = stack.enter_context(_resumable(args))
         merges = training.merge(words)
         outs = [args.out]
         if len(training.sizes) > 1:
@@ -138,7 +139,7 @@ def _count(args: argparse.Namespace) -> None:
     from eqx_moe.tokenizer.counts_file import Counted, write_counts
 
     _check_writable(args.out)
-    with _resumable(args.files, args.pattern, args.lines, args.threads, args.out) as words:
+    with _resumable(args) as words:
         write_counts(args.out, Counted(words, args.pattern, args.lines))
     print(f"{len(words):,} different words, {int(words.counts.sum()):,} in all: {args.out}")
 
@@ -163,9 +164,7 @@ def _check_writable(out: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _resumable(
-    files: Sequence[str], pattern: str, lines: bool, threads: int | None, out: pathlib.Path
-) -> Iterator[Any]:
+def _resumable(args: argparse.Namespace) -> Iterator[Any]:
     """Counts files group by group, each group's counts saved beside `out` until the block has ended well.
 
     What an earlier run has saved is used if it was of the same files, pattern and lines.
@@ -174,7 +173,8 @@ def _resumable(
     from eqx_moe.tokenizer.count import count_files
     from eqx_moe.tokenizer.counts_file import Counted, add_counts, read_counts, write_counts
 
-    state = out.with_name(f"{out.name}.unfinished")
+    files, pattern, lines = args.files, args.pattern, args.lines
+    state = args.out.with_name(f"{args.out.name}.unfinished")
     parts, known = [], 0
     try:
         for group in _groups(files):
@@ -185,13 +185,13 @@ def _resumable(
                     parts.append(read_counts(saved).words)
                     known += len(group)
                     continue
-            words = count_files(group, pattern, lines=lines, threads=threads)
+            words = count_files(group, pattern, lines=lines, threads=args.threads, max_memory=args.max_memory)
             state.mkdir(exist_ok=True)
             write_counts(saved, Counted(words, pattern, lines))
-            parts.append(words)
+            parts.append(read_counts(saved).words)  # Which stay in the file.
         if known:
             print(f"{known} of {len(files)} files were counted before: {state}", file=sys.stderr)
-        yield add_counts(parts)
+        yield add_counts(parts, state)
     except KeyboardInterrupt:
         if state.exists():
             print(f"\nwhat is counted is kept in {state}: the same command goes on from it", file=sys.stderr)

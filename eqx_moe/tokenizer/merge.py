@@ -51,22 +51,35 @@ def merge_words(
     """
     if len(symbols.tokens) >= vocab_size:
         return Merges(list(symbols.tokens), len(symbols.tokens), np.zeros((0, 3), np.int32), np.zeros(0, np.int64))
-    whole, least = memory_needed(words, vocab_size, threads)
-    if max_memory is not None and max_memory < least:
-        raise ValueError(f"`max_memory` must be at least {least:,} bytes for {threads} threads; got {max_memory:,}.")
-    folder = tempfile.gettempdir() if max_memory is not None and max_memory < whole else None
+    check_memory(max_memory, vocab_size, threads)
+    spilled = max_memory is not None and max_memory < memory_needed(words, vocab_size, threads)
+    folder = tempfile.gettempdir() if spilled else None
     with ThreadPoolExecutor(threads) as pool:
         merger = _Merger(words, symbols, vocab_size, max_token_length, continuing_subword_prefix, threads, pool, folder)
         return merger.run(max(1, min_frequency), progress)
 
 
-def memory_needed(words: WordCounts, vocab_size: int, threads: int) -> tuple[int, int]:
-    """About how many bytes merging takes, and how many of them cannot lie in files."""
-    records = threads * max(1 << 16, 4 * vocab_size)
+def check_memory(max_memory: int | None, vocab_size: int, threads: int) -> None:
+    """Refuses a bound of memory that is too low whatever the words are."""
+    least = least_memory(vocab_size, threads)
+    if max_memory is not None and max_memory < least:
+        raise ValueError(
+            f"`max_memory` must be at least {least:,} bytes for {threads} threads and {vocab_size:,} tokens; "
+            f"got {max_memory:,}."
+        )
+
+
+def least_memory(vocab_size: int, threads: int) -> int:
+    """About how many bytes cannot lie in files."""
     # Sums by hash; records with their hash tables, of each thread and together; the vocabulary; the tokenizer.
-    least = (threads + 1) * 8 * 2**_BUCKETS + 184 * records + 400 * vocab_size + (64 << 20)
+    records = threads * max(1 << 16, 4 * vocab_size)
+    return (threads + 1) * 8 * 2**_BUCKETS + 184 * records + 400 * vocab_size + (64 << 20)
+
+
+def memory_needed(words: WordCounts, vocab_size: int, threads: int) -> int:
+    """About how many bytes merging takes."""
     symbols = len(words.text) + len(words)
-    return least + 8 * len(words) + (_cell_type(vocab_size)().itemsize + 8) * symbols, least
+    return least_memory(vocab_size, threads) + 8 * len(words) + (_cell_type(vocab_size)().itemsize + 8) * symbols
 
 
 def _cell_type(vocab_size: int) -> type:
@@ -161,7 +174,7 @@ class _Merger:
     def _scan(self, floor: int) -> None:
         """Compacts the cells, and records the pairs that occur `floor` times or more."""
         self.state[pairs.FLOOR] = floor
-        bits = min(_BUCKETS, self.size.bit_length())
+        bits = min(_BUCKETS, max(8, self.size.bit_length() - 3))
         buckets, shift = self._compact(bits), 64 - bits
         starts = np.linspace(0, self.size - 1, self.threads + 1).astype(np.int64).tolist()
         parts = [_Records(min(max(1 << 16, 4 * self.limit), stop - start + 64)) for start, stop in pairwise(starts)]

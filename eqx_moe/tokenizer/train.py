@@ -2,17 +2,18 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypedDict, Unpack, overload
+from typing import Any, TypedDict, Unpack, overload
 
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from eqx_moe.sizes import parse_size
 from eqx_moe.tokenizer.alphabet import byte_characters, choose_symbols
 from eqx_moe.tokenizer.count import count_files, count_texts
 from eqx_moe.tokenizer.counts import WordCounts
 from eqx_moe.tokenizer.export import build_tokenizer
 from eqx_moe.tokenizer.machine import announced
-from eqx_moe.tokenizer.merge import Merges, merge_words
+from eqx_moe.tokenizer.merge import Merges, check_memory, merge_words
 from eqx_moe.tokenizer.patterns import BYTE_TOKENS, layout
 
 PathLike = str | os.PathLike[str]
@@ -32,6 +33,8 @@ class Options(TypedDict, total=False):
     end_of_word_suffix: stands behind each symbol that ends a word. Symbols with a prefix or a suffix get their ids
         after the alphabet, in the order of their texts. (In `tokenizers` the order is that of a hash map.)
     threads: how many; None is one for each core that this process may use. The result does not depend on it.
+    max_memory: bytes, or a text such as "8GB": as much as training may take above what the program has taken before.
+        What does not fit goes to disk, into the folder for temporary files; mapped files are not counted.
     progress: True shows a bar if stderr is a terminal; or a function, see `Progress`.
     """
 
@@ -40,6 +43,7 @@ class Options(TypedDict, total=False):
     continuing_subword_prefix: str
     end_of_word_suffix: str
     threads: int | None
+    max_memory: int | str | None
     progress: bool | Progress
 
 
@@ -95,9 +99,7 @@ def train_bpe(
     """
     settings = Training(vocab_size, pattern, special_tokens, min_frequency, max_token_length, **options)
     paths = [files] if isinstance(files, (str, os.PathLike)) else files
-    return settings.train(
-        count_files(paths, pattern, lines=lines, threads=settings.threads, progress=settings.shown("counting"))
-    )
+    return settings.train(count_files(paths, pattern, lines=lines, **settings.counting()))
 
 
 @overload
@@ -131,7 +133,7 @@ def train_bpe_from_iterator(
 ) -> Tokenizer | list[Tokenizer]:
     """As `train_bpe`, on texts: a list, a generator, a column of a dataset. Each text is one document."""
     settings = Training(vocab_size, pattern, special_tokens, min_frequency, max_token_length, **options)
-    return settings.train(count_texts(texts, pattern, threads=settings.threads, progress=settings.shown("counting")))
+    return settings.train(count_texts(texts, pattern, **settings.counting()))
 
 
 @overload
@@ -184,6 +186,7 @@ class Training:
         continuing_subword_prefix: str = "",
         end_of_word_suffix: str = "",
         threads: int | None = None,
+        max_memory: int | str | None = None,
         progress: bool | Progress = True,
     ):
         if isinstance(special_tokens, str):
@@ -201,6 +204,7 @@ class Training:
         if threads is None:
             threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads, self.progress = threads, progress
+        self.max_memory = None if max_memory is None else parse_size(max_memory, "max_memory")
         for name, value, least in (
             ("min_frequency", min_frequency, 0),
             ("max_token_length", max_token_length, 1),
@@ -213,6 +217,7 @@ class Training:
             raise ValueError("`special_tokens` must not have the empty text among them.")
         if not self.sizes:
             raise ValueError("`vocab_size` must be a number, or at least one; got none.")
+        check_memory(self.max_memory, max(self.sizes), threads)
         if not layout(pattern).metaspace and initial_alphabet is None and limit_alphabet is None:
             self._check_sizes(len({*self.special_tokens, *byte_characters()}))
 
@@ -221,6 +226,10 @@ class Training:
             raise ValueError(
                 f"`vocab_size` must be at least {least}, the special tokens and the alphabet; got {min(self.sizes)}."
             )
+
+    def counting(self) -> dict[str, Any]:
+        """The options of counting."""
+        return {"threads": self.threads, "max_memory": self.max_memory, "progress": self.shown("counting")}
 
     def shown(self, phase: str) -> bool | Callable[[int, int | None], None]:
         """How a phase tells of its progress."""
@@ -264,6 +273,7 @@ class Training:
                 max_token_length=self.max_token_length,
                 continuing_subword_prefix=self.affixes["continuing_subword_prefix"],
                 threads=self.threads,
+                max_memory=self.max_memory,
                 progress=show,
             )
 
