@@ -265,7 +265,7 @@ def _count_chunk(
             return
         if why == NOT_UTF8:
             assert as_it_stands, "a normaliser wrote bytes that are not UTF-8"
-            chunk.refuse(begin)
+            chunk.refuse(int(begin))
         make_room(words, wanted)
 
 

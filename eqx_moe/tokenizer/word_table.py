@@ -33,7 +33,7 @@ WORDS, ARENA_USED = range(2)
 
 #: Words of a batch, and what is known about each.
 _BATCH = 64
-_KEY, _NEXT, _MIXED, _START, _LENGTH, _AMOUNT = range(6)
+_KEY, _NEXT, _MIXED, _START, _LENGTH, _AMOUNT = range(0, 6 * _BATCH, _BATCH)
 
 
 @no_type_check
@@ -80,6 +80,13 @@ def _mix(text, start, length, first, second):
 
 @no_type_check
 @njit(nogil=True, cache=True)
+def _shift(slots):
+    """By how many bits to shift a hash for the slot where its word belongs."""
+    return np.uint64(64 - trailing_zeros(np.uint64(len(slots))))
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
 def _is_full(words, slots):
     """Whether one more word would make searches long."""
     return 8 * (words + 1) > 5 * slots
@@ -89,15 +96,13 @@ def _is_full(words, slots):
 @njit(nogil=True, cache=True)
 def _add_batch(text, number, batch, slots, records, arena, state):
     """Count the words of a batch; returns how many, fewer than `number` when there is no room for a new word."""
-    shift = np.uint64(64 - trailing_zeros(np.uint64(len(slots))))
+    shift = _shift(slots)
     mask = np.uint64(len(slots) - 1)
     for k in range(number):
-        prefetch(slots, np.int64(batch[_MIXED, k] >> shift))
+        prefetch(records, np.int64(_ROW * (slots[batch[_MIXED + k] >> shift] & _LOW)))
     for k in range(number):
-        prefetch(records, np.int64(_ROW * (slots[batch[_MIXED, k] >> shift] & _LOW)))
-    for k in range(number):
-        first, second, mixed = batch[_KEY, k], batch[_NEXT, k], batch[_MIXED, k]
-        start, length = np.int64(batch[_START, k]), np.int64(batch[_LENGTH, k])
+        first, second, mixed = batch[_KEY + k], batch[_NEXT + k], batch[_MIXED + k]
+        start, length = np.int64(batch[_START + k]), np.int64(batch[_LENGTH + k])
         tag, slot = mixed >> _HALF, mixed >> shift
         while True:
             entry = slots[slot]
@@ -116,7 +121,7 @@ def _add_batch(text, number, batch, slots, records, arena, state):
                 records[record] = first
                 records[record + _ONE] = second
                 records[record + _TWO] = np.uint64(length)
-                records[record + _THREE] = batch[_AMOUNT, k]
+                records[record + _THREE] = batch[_AMOUNT + k]
                 slots[slot] = tag << _HALF | np.uint64(row)
                 state[WORDS] = row
                 break
@@ -128,7 +133,7 @@ def _add_batch(text, number, batch, slots, records, arena, state):
                     else:
                         found = _same(text, start, arena, np.int64(records[record + _ONE]), length)
                     if found:
-                        records[record + _THREE] += batch[_AMOUNT, k]
+                        records[record + _THREE] += batch[_AMOUNT + k]
                         break
             slot = (slot + _ONE) & mask
     return number
@@ -142,18 +147,21 @@ def add_pieces(text, start, ends, number, slots, records, arena, state):
     Returns:
         How many were counted: fewer than `number` when there is no room for a new word.
     """
-    batch = np.empty((6, _BATCH), np.uint64)
-    batch[_AMOUNT] = _ONE
+    batch = np.empty(6 * _BATCH, np.uint64)
+    shift = _shift(slots)
+    batch[_AMOUNT : _AMOUNT + _BATCH] = _ONE
     for begin in range(0, number, _BATCH):
         size = min(_BATCH, number - begin)
         for k in range(size):
             length = ends[begin + k] - start
             first, second = _load(text, start, length)
-            batch[_KEY, k] = first
-            batch[_NEXT, k] = second
-            batch[_MIXED, k] = _mix(text, start, length, first, second)
-            batch[_START, k] = start
-            batch[_LENGTH, k] = length
+            batch[_KEY + k] = first
+            batch[_NEXT + k] = second
+            mixed = _mix(text, start, length, first, second)
+            prefetch(slots, np.int64(mixed >> shift))
+            batch[_MIXED + k] = mixed
+            batch[_START + k] = start
+            batch[_LENGTH + k] = length
             start = ends[begin + k]
         added = _add_batch(text, size, batch, slots, records, arena, state)
         if added < size:
@@ -165,19 +173,22 @@ def add_pieces(text, start, ends, number, slots, records, arena, state):
 @njit(nogil=True, cache=True)
 def _add_table(more, more_arena, begin, stop, slots, records, arena, state):
     """Add the words in rows `begin` to `stop` of another table; returns the row at which it had to stop."""
-    batch = np.empty((6, _BATCH), np.uint64)
+    batch = np.empty(6 * _BATCH, np.uint64)
+    shift = _shift(slots)
     while begin < stop:
         size = min(_BATCH, stop - begin)
         for k in range(size):
             record = 4 * (begin + k)
             length = np.int64(more[record + 2])
             start = np.int64(more[record + 1]) if length > _SHORT else 0
-            batch[_KEY, k] = more[record]
-            batch[_NEXT, k] = more[record + 1]
-            batch[_MIXED, k] = _mix(more_arena, start, length, more[record], more[record + 1])
-            batch[_START, k] = start
-            batch[_LENGTH, k] = length
-            batch[_AMOUNT, k] = more[record + 3]
+            batch[_KEY + k] = more[record]
+            batch[_NEXT + k] = more[record + 1]
+            mixed = _mix(more_arena, start, length, more[record], more[record + 1])
+            prefetch(slots, np.int64(mixed >> shift))
+            batch[_MIXED + k] = mixed
+            batch[_START + k] = start
+            batch[_LENGTH + k] = length
+            batch[_AMOUNT + k] = more[record + 3]
         added = _add_batch(more_arena, size, batch, slots, records, arena, state)
         begin += added
         if added < size:
