@@ -6,8 +6,8 @@
 
 A vocabulary of 32,000, GPT-2's pattern, files on disk and in the page cache. Each run is a process of its own; the runs
 of all trainers take turns. The clock covers the training call, the loading of compiled kernels included; imports stand
-apart. Memory is the peak of anonymous memory (RssAnon, looked at every 5 ms) above what the imports left: without mapped
-files. A first run, which compiles, is not counted.
+apart. Memory is the peak of anonymous memory (RssAnon, looked at every 5 ms) above what the imports left, without
+mapped files. A first run, which compiles, is not counted.
 """
 
 import argparse
