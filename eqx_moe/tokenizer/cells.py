@@ -39,11 +39,8 @@ def _character(text, at):
 
 @no_type_check
 @njit(nogil=True, cache=True)
-def survey(text, offsets, counts, characters):
-    """How often each byte, or character, occurs: int64 [4, 256 or more], a row as in `fill`."""
-    most = text.max() if characters and len(text) else 0
-    size = 256 if most < 0xC0 else 0x800 if most < 0xE0 else 0x10000 if most < 0xF0 else 0x110000
-    seen = np.zeros((4, size), np.int64)
+def survey(text, offsets, counts, characters, seen):
+    """Adds up how often each byte, or character, occurs: int64 [4, 256 or more], a row as in `fill`."""
     for word in range(len(counts)):
         start, stop = offsets[word], offsets[word + 1]
         at = start
@@ -51,7 +48,6 @@ def survey(text, offsets, counts, characters):
             code, width = _character(text, at) if characters else (np.int64(text[at]), 1)
             seen[2 * (at == start) + (at + width == stop), code] += counts[word]
             at += width
-    return seen
 
 
 @no_type_check
