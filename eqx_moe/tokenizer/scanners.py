@@ -285,33 +285,34 @@ def next_metaspace(text, flags, i, end):
 
 @no_type_check
 @njit(nogil=True, cache=True)
-def starts_gpt2(text, flags, i, end):
-    """Where pieces begin or the text ends among the 63 bytes after the piece that begins at `i`: bit k for `text[i + k]`.
+def firsts(last, followers):
+    """Bits of the last bytes of characters, moved to their first bytes."""
+    while last & followers:
+        wide = last & followers
+        last = last & ~wide | wide >> _ONE
+    return last
 
-    Bit by bit what `next_gpt2` says, for 64 bytes at once, all of which must be in `text`. Nothing has to be known of
-    what stands before, for a piece begins at `i`.
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def starts_gpt2(text, flags, i, end):
+    """Where pieces begin, or the text ends, among the 63 bytes after `i`, where one begins: bit k for `text[i + k]`.
+
+    It is what `next_gpt2` says, for 64 bytes at once, all of which must be in `text`. As a piece begins at `i`, nothing
+    has to be known of what stands before.
     """
     left = min(end - i, 64)
     inside = _ALL >> np.uint64(64 - left)
-    word, number, space = (
-        matches64(flags, i, WORD, WORD) & inside,
-        matches64(flags, i, NUMBER, NUMBER) & inside,
-        matches64(flags, i, SPACE, SPACE) & inside,
-    )
+    word = matches64(flags, i, WORD, WORD) & inside
+    number = matches64(flags, i, NUMBER, NUMBER) & inside
+    space = matches64(flags, i, SPACE, SPACE) & inside
     marks = inside & ~(word | number | space)
     after_blank = matches64(text, i, 0xFF, 32) << _ONE
     # A run begins, and takes a blank before it along.
     starts = (word & ~(word << _ONE) | number & ~(number << _ONE) | marks & ~(marks << _ONE)) & ~after_blank
-    # A run of whitespace begins, and its last character is left to what follows: unless nothing does, or nobody knows.
-    starts |= space & ~(space << _ONE)
+    # A run of whitespace begins; its last character is left to what follows, unless nothing does, or nobody knows.
     last = space & ~(space >> _ONE) & (inside >> _ONE)
-    followers = matches64(text, i, 0xC0, 0x80)
-    if last & followers:
-        for k in range(63, 0, -1):  # From the last byte of a character to its first.
-            bit = _ONE << np.uint64(k)
-            if last & followers & bit:
-                last = last & ~bit | bit >> _ONE
-    starts |= last
+    starts |= space & ~(space << _ONE) | firsts(last, matches64(text, i, 0xC0, 0x80))
     if left < 64:
         starts |= _ONE << np.uint64(left)
     contractions = matches64(text, i, 0xFF, _APOSTROPHE) & marks & ~(marks << _ONE) & ~after_blank & (word >> _ONE)
@@ -328,22 +329,81 @@ def starts_gpt2(text, flags, i, end):
 
 @no_type_check
 @njit(nogil=True, cache=True)
+def starts_llama3(text, flags, i, end, digits):
+    """As `starts_gpt2`, for `next_llama3`; what is left out are pieces from the first on that would be hard to tell."""
+    left = min(end - i, 64)
+    inside = _ALL >> np.uint64(64 - left)
+    word = matches64(flags, i, WORD, WORD) & inside
+    number = matches64(flags, i, NUMBER, NUMBER) & inside
+    space = matches64(flags, i, SPACE, SPACE) & inside
+    newline = matches64(flags, i, NEWLINE, NEWLINE) & inside
+    marks = inside & ~(word | number | space)
+    followers = matches64(text, i, 0xC0, 0x80)
+    # Marks take a blank before them along. One by itself, without a blank, is taken along by a word; so is a blank.
+    marks_start = marks & ~(marks << _ONE) & ~(matches64(text, i, 0xFF, 32) << _ONE)
+    alone = marks_start
+    for _ in range(3):
+        alone |= alone << _ONE & followers
+    starts = marks_start | word & ~((word | space & ~newline | alone) << _ONE)
+    # A newline by itself is taken along by marks before it, but by nothing after it.
+    lone = newline & ~(space << _ONE) & ~(space >> _ONE)
+    starts |= space & ~(space << _ONE) & ~(lone & marks << _ONE)
+    last = space & ~newline & ~(space >> _ONE) & (inside >> _ONE)
+    starts |= firsts(last, followers)
+    if digits == 1:
+        starts |= number & ~followers
+    else:
+        starts |= number & ~(number << _ONE)
+    if left < 64:
+        starts |= _ONE << np.uint64(left)
+    else:
+        lone &= inside >> _ONE
+    known = _ALL
+    if newline & ~lone:
+        k = trailing_zeros(newline & ~lone)
+        while k > 0 and space >> np.uint64(k - 1) & _ONE:
+            k -= 1
+        known = (_ONE << np.uint64(k)) - _ONE
+    if digits != 1:
+        many = number & number << np.uint64(1) & number << np.uint64(2) & number << np.uint64(3)
+        if many:
+            known &= (_ONE << np.uint64(trailing_zeros(many) - 2)) - _ONE
+    contractions = matches64(text, i, 0xFF, _APOSTROPHE) & marks_start & (word >> _ONE) & known
+    while contractions:
+        k = trailing_zeros(contractions)
+        contractions &= contractions - _ONE
+        after = contraction(text, i + k, end, True) - i
+        if after >= 64:
+            known &= (_ONE << np.uint64(k + 1)) - _ONE
+        elif after > k:
+            starts |= _ONE << np.uint64(after)
+    return starts & known & ~_ONE
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def put_down(starts, i, ends, count):
+    """Write the places of bits to `ends`, from `count` on; returns up to where."""
+    while starts:
+        ends[count] = i + trailing_zeros(starts)
+        starts &= starts - _ONE
+        count += 1
+    return count
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
 def split_gpt2(text, flags, i, end, ends):
     """Write where the pieces of `text[i:end]` end, as many as `ends` holds; returns how many."""
     count = 0
     while i < end and count < len(ends):
+        before = count
         if i + 64 <= len(text) and count + 64 <= len(ends):
-            starts = starts_gpt2(text, flags, i, end)
-            if starts:
-                while starts:
-                    ends[count] = i + trailing_zeros(starts)
-                    starts &= starts - _ONE
-                    count += 1
-                i = ends[count - 1]
-                continue
-        i = next_gpt2(text, flags, i, end)
-        ends[count] = i
-        count += 1
+            count = put_down(starts_gpt2(text, flags, i, end), i, ends, count)
+        if count == before:
+            ends[count] = next_gpt2(text, flags, i, end)
+            count += 1
+        i = ends[count - 1]
     return count
 
 
@@ -353,9 +413,13 @@ def split_llama3(text, flags, i, end, ends):
     """As `split_gpt2`, for Llama-3's pattern."""
     count = 0
     while i < end and count < len(ends):
-        i = next_llama3(text, flags, i, end, 3)
-        ends[count] = i
-        count += 1
+        before = count
+        if i + 64 <= len(text) and count + 64 <= len(ends) and not flags[i] & NEWLINE:
+            count = put_down(starts_llama3(text, flags, i, end, 3), i, ends, count)
+        if count == before:
+            ends[count] = next_llama3(text, flags, i, end, 3)
+            count += 1
+        i = ends[count - 1]
     return count
 
 
@@ -365,9 +429,13 @@ def split_qwen2(text, flags, i, end, ends):
     r"""As `split_gpt2`, for Qwen2's pattern: Llama-3's with `\p{N}` in place of `\p{N}{1,3}`."""
     count = 0
     while i < end and count < len(ends):
-        i = next_llama3(text, flags, i, end, 1)
-        ends[count] = i
-        count += 1
+        before = count
+        if i + 64 <= len(text) and count + 64 <= len(ends) and not flags[i] & NEWLINE:
+            count = put_down(starts_llama3(text, flags, i, end, 1), i, ends, count)
+        if count == before:
+            ends[count] = next_llama3(text, flags, i, end, 1)
+            count += 1
+        i = ends[count - 1]
     return count
 
 
