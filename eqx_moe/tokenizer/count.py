@@ -17,9 +17,9 @@ from eqx_moe.sizes import parse_size
 from eqx_moe.tokenizer.composed import is_composed
 from eqx_moe.tokenizer.counts import WordCounts
 from eqx_moe.tokenizer.cutting import cut_table
+from eqx_moe.tokenizer.flags import flag_table
 from eqx_moe.tokenizer.machine import announced
 from eqx_moe.tokenizer.scan_count import DONE, KERNELS, NOT_UTF8
-from eqx_moe.tokenizer.scanners import flag_table
 from eqx_moe.tokenizer.sources import Chunk, PathLike, file_chunks, files_size, joined, text_chunks
 from eqx_moe.tokenizer.spill import Spill
 from eqx_moe.tokenizer.word_table import WordTable, add_pieces

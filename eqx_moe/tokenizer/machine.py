@@ -94,6 +94,28 @@ def trailing_zeros(typing_context, value):
 
 @no_type_check
 @intrinsic
+def matches64(typing_context, array, index, mask, value):
+    """Which of the 64 bytes from `array[index]` on are `value` under `mask`: bit k of a uint64 for byte k."""
+
+    def codegen(context, builder, signature, arguments):
+        byte, vector, index = ir.IntType(8), ir.VectorType(ir.IntType(8), 64), ir.IntType(32)
+        nothing, first = ir.Constant(vector, ir.Undefined), ir.Constant(index, 0)
+        everywhere = ir.Constant(ir.VectorType(index, 64), [0] * 64)
+
+        def spread(number):
+            one = builder.insert_element(nothing, builder.trunc(number, byte), first)
+            return builder.shuffle_vector(one, nothing, everywhere)
+
+        place = _address(context, builder, signature.args[0], *arguments[:2])
+        loaded = builder.load(builder.bitcast(place, vector.as_pointer()), align=1)
+        found = builder.icmp_unsigned("==", builder.and_(loaded, spread(arguments[2])), spread(arguments[3]))
+        return builder.bitcast(found, ir.IntType(64))
+
+    return types.uint64(array, types.int64, types.int64, types.int64), codegen
+
+
+@no_type_check
+@intrinsic
 def byte_swap(typing_context, value):
     """A uint64 with its bytes in the other order."""
 

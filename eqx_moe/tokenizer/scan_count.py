@@ -7,7 +7,7 @@ from numba import njit
 
 from eqx_moe.tokenizer import scanners
 from eqx_moe.tokenizer.cutting import last_cut
-from eqx_moe.tokenizer.scanners import PADDING, classify
+from eqx_moe.tokenizer.flags import PADDING, classify
 from eqx_moe.tokenizer.word_table import add_pieces
 
 #: How many bytes are looked at together, if the text can be cut so, and how many words: what near caches hold.
