@@ -83,6 +83,21 @@ def store64(typing_context, array, index, value):
 
 @no_type_check
 @intrinsic
+def copy(typing_context, source, start, target, place, length):
+    """`target[place : place + length] = source[start : start + length]` for arrays of bytes, without Numba's checks."""
+
+    def codegen(context, builder, signature, arguments):
+        source, start, target, place, length = arguments
+        here = _address(context, builder, signature.args[0], source, start)
+        there = _address(context, builder, signature.args[2], target, place)
+        cgutils.raw_memcpy(builder, there, here, length, 1)
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, target, types.int64, types.int64), codegen
+
+
+@no_type_check
+@intrinsic
 def trailing_zeros(typing_context, value):
     """How many low bits of a uint64 are zero, int64; the value is not 0."""
 

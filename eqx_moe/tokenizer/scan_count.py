@@ -8,6 +8,7 @@ from numba import njit
 from eqx_moe.tokenizer import scanners
 from eqx_moe.tokenizer.cutting import last_cut
 from eqx_moe.tokenizer.flags import PADDING, classify
+from eqx_moe.tokenizer.machine import copy
 from eqx_moe.tokenizer.word_table import add_pieces
 
 #: How many bytes are looked at together, if the text can be cut so, and how many words: what near caches hold.
@@ -44,7 +45,7 @@ def _count(split, text, bounds, by_line, begin, table, slots, records, arena, st
                             reach -= 1
                 if reach + PADDING > len(flags):
                     larger = np.zeros(2 * reach + PADDING, np.uint8)
-                    larger[:known] = flags[:known]
+                    copy(flags, 0, larger, 0, known)
                     flags = larger
                 wrong = classify(block, known, reach, table, flags)
                 if wrong >= 0:

@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 
 from eqx_moe.tokenizer.counts import WordCounts
-from eqx_moe.tokenizer.machine import byte_swap, load64
+from eqx_moe.tokenizer.machine import byte_swap, copy, load64
 from eqx_moe.tokenizer.word_table import WordTable
 
 #: How many words are written at a time, and how many of their bytes, at most, unless one is longer.
@@ -185,7 +185,7 @@ def _merge(text, offsets, counts, heads, stops, keys, heap, state, out, lengths,
             if words == len(lengths) or size + stop - start > len(out):
                 state[_LAST] = -1
                 break
-            out[size : size + stop - start] = text[start:stop]
+            copy(text, start, out, size, stop - start)
             lengths[words] = stop - start
             sums[words] = counts[word]
             words += 1

@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 
 from eqx_moe.tokenizer.counts import WordCounts
-from eqx_moe.tokenizer.machine import byte_swap, load64, prefetch, trailing_zeros
+from eqx_moe.tokenizer.machine import byte_swap, copy, load64, prefetch, store64, trailing_zeros
 
 _SHORT = 16
 _ROW = np.uint64(4)
@@ -114,7 +114,7 @@ def _add_batch(text, number, batch, slots, records, arena, state):
                     place = state[ARENA_USED]
                     if place + length > len(arena):
                         return k
-                    arena[place : place + length] = text[start : start + length]
+                    copy(text, start, arena, place, length)
                     second = np.uint64(place)
                     state[ARENA_USED] = place + length
                 record = _ROW * np.uint64(row)
@@ -149,7 +149,8 @@ def add_pieces(text, start, ends, number, slots, records, arena, state):
     """
     batch = np.empty(6 * _BATCH, np.uint64)
     shift = _shift(slots)
-    batch[_AMOUNT : _AMOUNT + _BATCH] = _ONE
+    for k in range(_BATCH):
+        batch[_AMOUNT + k] = _ONE
     for begin in range(0, number, _BATCH):
         size = min(_BATCH, number - begin)
         for k in range(size):
@@ -262,7 +263,8 @@ def _sort_ties(order, keys, records, arena, spare):
                     else:
                         spare[k] = order[j]
                         j += 1
-            order[begin:stop] = spare[begin:stop]
+            for k in range(begin, stop):
+                order[k] = spare[k]
             step *= 2
         begin = stop
 
@@ -270,16 +272,15 @@ def _sort_ties(order, keys, records, arena, spare):
 @no_type_check
 @njit(nogil=True, cache=True)
 def _write(order, records, arena, text, offsets, counts):
-    """Write words, word k to `text[offsets[k] : offsets[k + 1]]`, and their counts."""
+    """Write words, word k to `text[offsets[k] : offsets[k + 1]]`, and their counts. 16 bytes more are written to."""
     for k in range(len(order)):
         record = 4 * order[k] + 4
         place, length = offsets[k], offsets[k + 1] - offsets[k]
         if length > _SHORT:
-            begin = np.int64(records[record + 1])
-            text[place : place + length] = arena[begin : begin + length]
-        else:
-            for j in range(length):
-                text[place + j] = np.uint8(records[record + (j >> 3)] >> np.uint64(8 * (j & 7)))
+            copy(arena, np.int64(records[record + 1]), text, place, length)
+        else:  # What is too much of it, the next word writes over.
+            store64(text, place, records[record])
+            store64(text, place + 8, records[record + 1])
         counts[k] = np.int64(records[record + 3])
 
 
@@ -343,9 +344,9 @@ class WordTable:
         """Some words, in the order of their numbers in `order`."""
         offsets, counts = np.zeros(len(order) + 1, np.int64), np.empty(len(order), np.int64)
         np.cumsum(self.records[4 * order + 6], out=offsets[1:], dtype=np.int64)
-        text = np.empty(int(offsets[-1]), np.uint8)
+        text = np.empty(int(offsets[-1]) + _SHORT, np.uint8)
         _write(order, self.records, self.arena, text, offsets, counts)
-        return WordCounts(text, offsets, counts)
+        return WordCounts(text[:-_SHORT], offsets, counts)
 
 
 def _shares(memory: int) -> tuple[int, int, int]:
