@@ -196,6 +196,8 @@ def test_ctrl_c_at_some_moment(files, tmp_path, after):
         ("train a.txt --out t --eos-token </s>", "must be among --special-tokens"),
         ("train a.txt --out t.json --special-tokens <s> --bos-token <s>", "must be a folder"),
         ("train --from-counts a.txt --out t.json", "COUNTS-FORMAT"),
+        ("train --from-counts a.txt --out t.json --pattern gpt2", "leave them out here"),
+        ("train a.txt --out t.json --max-memory 1KB", "`max_memory` must be at least"),
         ("merge-counts a.txt --out b.counts", "COUNTS-FORMAT"),
         ("count a.txt --pattern gtp2 --out a.counts", "gtp2"),
     ],

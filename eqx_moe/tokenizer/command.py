@@ -9,10 +9,12 @@ import os
 import pathlib
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-_PATTERN = "gpt2, llama3, qwen2, o200k, deepseek_v3, metaspace, or a regular expression (%(default)s)"
+_PATTERN = "gpt2, llama3, qwen2, o200k, deepseek_v3, metaspace, or a regular expression (llama3)"
+_DEFAULT = "llama3"
 _FILES = "text in UTF-8, also as .gz or .zst; each file is a document"
 _GROUP = 1 << 30  # Bytes of files that are counted together; then their counts are saved.
 
@@ -86,7 +88,7 @@ def add_commands(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> 
 
 
 def _add_cutting(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pattern", metavar="PATTERN", help=_PATTERN, default="llama3")
+    parser.add_argument("--pattern", metavar="PATTERN", help=_PATTERN)
     parser.add_argument("--lines", action="store_true", help="each line is a document of its own")
     parser.add_argument("--threads", type=int, metavar="N", help="how many (one for each core)")
     parser.add_argument("--max-memory", metavar="SIZE", help="such as 8GB; what does not fit goes to disk")
@@ -102,10 +104,12 @@ def _train(args: argparse.Namespace) -> None:
     template = args.chat_template.read_text() if args.chat_template else None
     named = {name: getattr(args, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
     check_out(args.out, *named.values(), template)
-    pattern, counted = args.pattern, None
-    if args.from_counts:
-        counted = read_all(args.files)
-        pattern = counted[0].pattern
+    if args.from_counts and (args.pattern is not None or args.lines):
+        raise ValueError(
+            "--pattern and --lines are settled where words are counted; leave them out here."
+        )
+    counted = read_all(args.files) if args.from_counts else None
+    pattern = counted[0].pattern if counted else args.pattern or _DEFAULT
     training = Training(
         args.vocab_size, pattern, args.special_tokens, args.min_frequency, args.max_token_length,
         limit_alphabet=args.limit_alphabet, threads=args.threads, max_memory=args.max_memory,
@@ -115,9 +119,10 @@ def _train(args: argparse.Namespace) -> None:
             raise ValueError(f"a named token must be among --special-tokens; got {token!r}, which is not.")
     with contextlib.ExitStack() as stack:
         if counted:
-            words = add_counts([part.words for part in counted])
+            folder = tempfile.gettempdir() if args.max_memory else None
+            words = add_counts([part.words for part in counted], folder)
         else:
-            words = stack.enter_context(_resumable(args))
+            words = stack.enter_context(_resumable(args, pattern))
         merges = training.merge(words)
         outs = [args.out]
         if len(training.sizes) > 1:
@@ -139,8 +144,9 @@ def _count(args: argparse.Namespace) -> None:
     from eqx_moe.tokenizer.counts_file import Counted, write_counts
 
     _check_writable(args.out)
-    with _resumable(args) as words:
-        write_counts(args.out, Counted(words, args.pattern, args.lines))
+    pattern = args.pattern or _DEFAULT
+    with _resumable(args, pattern) as words:
+        write_counts(args.out, Counted(words, pattern, args.lines))
     print(f"{len(words):,} different words, {int(words.counts.sum()):,} in all: {args.out}")
 
 
@@ -164,7 +170,7 @@ def _check_writable(out: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _resumable(args: argparse.Namespace) -> Iterator[Any]:
+def _resumable(args: argparse.Namespace, pattern: str) -> Iterator[Any]:
     """Counts files group by group, each group's counts saved beside `out` until the block has ended well.
 
     What an earlier run has saved is used if it was of the same files, pattern and lines.
@@ -173,7 +179,7 @@ def _resumable(args: argparse.Namespace) -> Iterator[Any]:
     from eqx_moe.tokenizer.count import count_files
     from eqx_moe.tokenizer.counts_file import Counted, add_counts, read_counts, write_counts
 
-    files, pattern, lines = args.files, args.pattern, args.lines
+    files, lines = args.files, args.lines
     state = args.out.with_name(f"{args.out.name}.unfinished")
     parts, known = [], 0
     try:
