@@ -325,8 +325,8 @@ def _generate(args: argparse.Namespace) -> None:
     from eqx_moe.hub import from_pretrained, load_tokenizer, pinned
 
     commit = pinned(args.model)
-    tokenizer = load_tokenizer(args.model, **commit)
-    model = from_pretrained(args.model, **commit)
+    tokenizer = load_tokenizer(args.model, revision=commit)
+    model = from_pretrained(args.model, revision=commit)
     prompt = tokenizer.encode(args.prompt).ids
     ids = stream(
         model,
@@ -354,14 +354,14 @@ def _finetune(args: argparse.Namespace) -> None:
 
     # What is cheap to find wrong comes before what takes time.
     commit = pinned(args.model)
-    config = load_config(args.model, **commit)
-    tokenizer = load_tokenizer(args.model, **commit)
+    config = load_config(args.model, revision=commit)
+    tokenizer = load_tokenizer(args.model, revision=commit)
     seq = args.seq or min(512, config.max_position_embeddings)
     if seq > config.max_position_embeddings:
         raise ValueError(f"--seq must be at most {config.max_position_embeddings}, the model's positions; got {seq}.")
     texts = train.read_texts(args.data)
     # In float32 whatever is stored: small updates would be rounded away in 16 bits.
-    model = from_pretrained(args.model, dtype="float32", **commit)
+    model = from_pretrained(args.model, dtype="float32", revision=commit)
     ends = model.generation_config.eos_token_id
     end_id = ends[0] if ends else None
     documents = train.tokenize(texts, tokenizer, vocab_size=config.vocab_size, end_id=end_id)

@@ -76,13 +76,13 @@ def load_config(
     return read_config(_fetch(source, _CONFIG))
 
 
-def pinned(repo_or_folder: str | os.PathLike) -> dict[str, str]:
-    """The options with which several calls take the same commit of a repo: `from_pretrained(where, **pinned(where))`.
+def pinned(repo_or_folder: str | os.PathLike) -> str | None:
+    """The commit that a repo is at, None for a folder: as their `revision` it makes several calls read the same.
 
-    None for a folder. The Hub is asked once, and by the calls not again.
+    The Hub is asked once, and by the calls not again.
     """
     source = _source(repo_or_folder, "loading a model", None, None, None, False)
-    return {} if isinstance(source, pathlib.Path) else {"revision": source.commit}
+    return None if isinstance(source, pathlib.Path) else source.commit
 
 
 @dataclasses.dataclass(frozen=True)
