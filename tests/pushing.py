@@ -1,8 +1,9 @@
 """A process that pushes on request, to be killed: `python tests/pushing.py`, for tests/test_hub_kills.py.
 
 It reads lines "KIND FOLDER REPO". For each it forks a child that pushes the folder's model, so that imports are paid
-for once: "model" with `push_to_hub`, from arrays; "folder" with `push_folder`; "broken" with a commit for every file, as
-no push should. It writes the child's process id when the push begins, that the child ended, and (once told "bury") how.
+for once: "model" with `push_to_hub`, from arrays; "folder" with `push_folder`; "broken" with a commit for every file,
+as no push should. It writes the child's process id when the push begins, that the child ended, and (once told "bury")
+how.
 """
 
 import os
