@@ -81,7 +81,7 @@ def push_to_hub(
     check_push(repo_id, revision, create_pr)
     model, names, keep_fp32 = to_write(model, layout)
     leaves, named = leaf_paths(model), None if dtype is None else weight_dtype(dtype).name
-    weights = weight_files(
+    weights, _ = weight_files(
         leaves, names, max_shard_size=max_shard_size, dtype=named, keep_fp32=keep_fp32, place=repo_id
     )
     card = _card(repo_id, model, dtype_to_save(leaves, dtype, None), base_model)

@@ -166,10 +166,11 @@ def test_only_the_first_process_uploads(hub, models, monkeypatch):
     files = module.weight_files
 
     def counted(*args, **options):
+        contents, size = files(*args, **options)
         return {
             name: lambda name=name, content=content: (gathered.append(name), *content())[1:]
-            for name, content in files(*args, **options).items()
-        }
+            for name, content in contents.items()
+        }, size
 
     monkeypatch.setattr(module, "weight_files", counted)
     monkeypatch.setattr(module, "is_of_one_process", lambda leaves: False)
