@@ -97,33 +97,35 @@ def test_logits_and_greedy_text(written, tmp_path):
     assert eqx_moe.generate(ours, prompt.tolist(), max_new_tokens=new, eos_ids=[]) == [answer[0, length:].tolist()]
 
 
+#: The configs that are compared in bfloat16.
 NARROW = ["mixtral-many-experts", "llama-biases", "mistral-window", "qwen2-plain", "qwen3-plain", "qwen3_moe-plain"]
 NARROW += ["olmoe-clipped", "gpt_oss-plain", "gpt_oss-no-biases", "deepseek_v3-plain", "deepseek_v3-not-normalised"]
 
 
+def bfloat16_errors(case, folder):
+    """The error of every token's logits in bfloat16 (root of the mean square), ours and theirs, against float32.
+
+    Of the same weights, that bfloat16 holds, so that what is computed alone differs.
+    """
+    reference(case).to(torch.bfloat16).save_pretrained(folder)
+    tokens = text(case, rows=16)
+    exact = reference_logits(load_reference(folder), tokens)
+    ours = eqx_moe.from_pretrained(folder, dtype="bfloat16")
+    found = jax.jit(lambda t: ours(t))(tokens), reference_logits(load_reference(folder).to(torch.bfloat16), tokens)
+    return tuple(np.sqrt(np.mean((np.asarray(each) - exact) ** 2, axis=-1)).ravel() for each in found)
+
+
 @pytest.mark.parametrize("name", NARROW)
 def test_bfloat16_is_as_near_to_float32_as_theirs(name, tmp_path):
-    """The error of a token's logits, against float32, of both libraries on the same weights, that bfloat16 holds.
+    """Near scores change places when they are rounded; a token that visits other experts is far off in either library.
 
-    Near scores change places when they are rounded, and a token that visits other experts is far off in either library:
-    medians over all tokens are compared, and over tokens whose experts are those of float32 in both libraries (that is,
-    whose error is below ten medians) the root of the mean square.
+    So medians are compared, and over the tokens that are off by less than ten medians in both the mean square.
     """
-    case = next(case for case in CASES if str(case) == name)
-    reference(case).to(torch.bfloat16).save_pretrained(tmp_path)
-    tokens = text(case, rows=16)
-    exact = reference_logits(load_reference(tmp_path), tokens)
-    theirs = load_reference(tmp_path).to(torch.bfloat16)
-    ours = eqx_moe.from_pretrained(tmp_path, dtype="bfloat16")
-
-    def errors(logits):
-        return np.sqrt(np.mean((np.asarray(logits, np.float32) - exact) ** 2, axis=-1)).ravel()
-
-    mine, other = errors(jax.jit(lambda t: ours(t))(tokens)), errors(reference_logits(theirs, tokens))
-    assert 0 < np.median(mine) <= 1.5 * np.median(other)
-    clean = np.maximum(mine, other) < 10 * np.median(other)
-    assert clean.mean() > 0.5
-    assert np.sqrt(np.mean(mine[clean] ** 2)) <= 1.5 * np.sqrt(np.mean(other[clean] ** 2))
+    ours, theirs = bfloat16_errors(next(case for case in CASES if str(case) == name), tmp_path)
+    assert 0 < np.median(ours) <= 1.5 * np.median(theirs)
+    near = np.maximum(ours, theirs) < 10 * np.median(theirs)
+    assert near.mean() > 0.9
+    assert np.mean(ours[near] ** 2) <= 1.5**2 * np.mean(theirs[near] ** 2)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in ("plain", "window")], ids=str)
