@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from quantised import AHEAD, BF16, FP8, SINGLE, mxfp4_by_loops, quantise, random_fp8, write
 
 import eqx_moe
-from eqx_moe.checkpoint import leaf_paths
+from eqx_moe.checkpoint import leaf_paths, open_weights, read_array
 from eqx_moe.checkpoint.quantised import decode_fp8, decode_mxfp4, decoded
-from eqx_moe.checkpoint.shards import open_weights
 from eqx_moe.errors import CheckpointError
 
 
@@ -99,6 +98,18 @@ def test_a_model_in_fp8_loads_decoded_and_is_saved_so(tmp_path):
     ):
         np.testing.assert_array_equal(one, two)
     assert all(leaf.dtype == BF16 for leaf in leaf_paths(model).values())
+
+
+def test_what_is_quantised_can_be_had_as_it_is(tmp_path):
+    """`open_weights` gives what is stored, `decoded` is a step of its own: codes and scales for who runs on them."""
+    tensors, plain = quantised.write_deepseek(tmp_path)
+    name = "model.layers.1.mlp.experts.5.up_proj.weight"
+    with open_weights(tmp_path) as stored:
+        assert stored.keys() == tensors.keys()
+        codes, scales = (read_array(stored[each], each) for each in (name, f"{name}_scale_inv"))
+        assert decoded(stored).keys() == plain.keys()
+    assert codes.dtype == FP8 and codes.tobytes() == tensors[name].tobytes()
+    assert decode_fp8(codes, scales).tobytes() == plain[name].tobytes()
 
 
 def test_scales_that_do_not_belong_are_refused(tmp_path):
