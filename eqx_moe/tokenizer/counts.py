@@ -20,3 +20,10 @@ class WordCounts:
 
     def __len__(self) -> int:
         return len(self.counts)
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    """A view that cannot be written to. Kernels are compiled for these, as files are mapped so."""
+    view = array.view()
+    view.flags.writeable = False
+    return view

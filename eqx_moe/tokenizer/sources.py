@@ -1,0 +1,196 @@
+"""Text to count, as chunks: from files, mapped into memory or unpacked, and from iterables of texts."""
+
+import contextlib
+import gzip
+import importlib
+import itertools
+import os
+import pathlib
+import stat
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NoReturn
+
+import numpy as np
+
+from eqx_moe.errors import DataError
+from eqx_moe.tokenizer.cutting import find_cut
+
+PathLike = str | os.PathLike[str]
+
+_DOING = "counting words"
+
+#: How many bytes of text are handed to a thread at once.
+CHUNK = 1 << 21
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Documents, or a part of one: `text[bounds[d] : bounds[d + 1]]`.
+
+    `text` is uint8, read-only. `begins`: whether the first of them begins here, and not in an earlier chunk. `size`:
+    how far the chunk moves the progress. `origin`: where `text[0]` stands in `file`, unpacked if that is compressed.
+    """
+
+    text: np.ndarray
+    bounds: np.ndarray
+    begins: bool
+    size: int
+    file: str = ""
+    origin: int = 0
+
+    def refuse(self, place: int) -> NoReturn:
+        """Raise the error for bytes from `text[place]` on that are not UTF-8."""
+        where, byte = self.origin + place, int(self.text[place])
+        found = f"the byte 0x{byte:02x} at byte {where:,} (counted from 0)"
+        if self.file.endswith((".gz", ".zst")):
+            found += " of the unpacked text"
+        _refuse("DATA-UTF8", self.file, "UTF-8 text", found, "convert the file to UTF-8, or leave it out")
+
+
+def _refuse(code: str, file: str, expected: str, found: str, fix: str, item: str = "") -> NoReturn:
+    raise DataError(code=code, doing=_DOING, file=file, item=item, expected=expected, found=found, fix=fix)
+
+
+def files_size(paths: Iterable[PathLike]) -> int:
+    """How many bytes some files have, compressed as they are; each must be a plain file that can be read."""
+    size = 0
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            _refuse_unreadable(path, error)
+        if not stat.S_ISREG(status.st_mode):
+            found = "a folder" if stat.S_ISDIR(status.st_mode) else "no plain file"
+            _refuse("DATA-FILE", str(path), "a text file", found, "name the files themselves")
+        size += status.st_size
+    return size
+
+
+def _refuse_unreadable(path: PathLike, error: Exception) -> NoReturn:
+    found = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    with contextlib.suppress(DataError):
+        _refuse("DATA-FILE", str(path), "", "", "")
+    raise DataError(
+        code="DATA-FILE",
+        doing=_DOING,
+        file=str(path),
+        expected="a file that can be read",
+        found=found,
+        fix="check the path and its permissions; is the file whole?",
+    ) from error
+
+
+def file_chunks(path: PathLike, table: np.ndarray | None, by_line: bool) -> Iterator[Chunk]:
+    """The chunks of a file, which is one document, or as many as it has lines.
+
+    `table` says where it may be cut (`cutting.cut_table`); if it is None, only lines are cut from each other.
+    """
+    suffix = pathlib.Path(path).suffix
+    if suffix == ".gz":
+        yield from _unpacked_chunks(path, lambda file: gzip.GzipFile(fileobj=file), table, by_line)
+    elif suffix == ".zst":
+        yield from _unpacked_chunks(path, _zstd_reader(path), table, by_line)
+    else:
+        yield from _mapped_chunks(path, table, by_line)
+
+
+def _cut(text: np.ndarray, start: int, target: int, table: np.ndarray | None, by_line: bool) -> int:
+    """Where a text may be cut from `target` on, or its end."""
+    if table is not None:
+        return find_cut(text, start, target, len(text), table)
+    for begin in range(target, len(text) if by_line else target, CHUNK):
+        ends = np.flatnonzero(text[begin : begin + CHUNK] == ord("\n"))
+        if len(ends):
+            return begin + int(ends[0]) + 1
+    return len(text)
+
+
+def _mapped_chunks(path: PathLike, table: np.ndarray | None, by_line: bool) -> Iterator[Chunk]:
+    try:
+        text = np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.empty(0, np.uint8)
+    except OSError as error:
+        _refuse_unreadable(path, error)
+    text = np.asarray(text)
+    text.flags.writeable = False
+    begin = 0
+    while begin < len(text):
+        end = len(text)
+        if end - begin > CHUNK:
+            end = _cut(text, begin, begin + CHUNK, table, by_line)
+        begins = begin == 0 or (by_line and bool(text[begin - 1] == ord("\n")))
+        yield Chunk(text, np.array([begin, end]), begins, end - begin, str(path))
+        begin = end
+
+
+def _zstd_reader(path: PathLike) -> Callable[[BinaryIO], Any]:
+    try:
+        zstandard = importlib.import_module("zstandard")
+    except ImportError:
+        fix = "pip install 'eqx_moe[zstd]', or unpack the file"
+        _refuse("DATA-ZSTD", str(path), "the package zstandard, to unpack it", "that it is not installed", fix)
+    return lambda file: zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+
+
+def _unpacked_chunks(
+    path: PathLike, open_reader: Callable[[BinaryIO], Any], table: np.ndarray | None, by_line: bool
+) -> Iterator[Chunk]:
+    rest, origin, before, starts = b"", 0, 0, True
+    try:
+        with open(path, "rb") as packed, open_reader(packed) as reader:
+            wanted = CHUNK
+            while True:
+                more = reader.read(wanted)
+                text = np.frombuffer(rest + more, np.uint8)
+                # A read may give less than was asked for, but only nothing at the end.
+                end = len(text)
+                if more:
+                    target = max(1, end - CHUNK // 8)
+                    end = _cut(text, 0, target, table, by_line) if end > 1 else end
+                    if end == len(text):
+                        # No place was found: with more text there may be one. Longer steps keep this linear.
+                        rest, wanted = text.tobytes(), max(CHUNK, len(text))
+                        continue
+                if end:
+                    done = packed.tell()
+                    yield Chunk(text[:end], np.array([0, end]), starts, done - before, str(path), origin)
+                    before, origin, rest, wanted = done, origin + end, text[end:].tobytes(), CHUNK
+                    starts = by_line and bool(text[end - 1] == ord("\n"))
+                if not more:
+                    return
+    except (OSError, EOFError, zlib.error) as error:
+        _refuse_unreadable(path, error)
+    except Exception as error:
+        if type(error).__name__ == "ZstdError":
+            _refuse_unreadable(path, error)
+        raise
+
+
+def text_chunks(texts: Iterable[str]) -> Iterator[Chunk]:
+    """The chunks of an iterable of texts, each of which is a document."""
+    batch, size = [], 0
+    for k, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"texts must be strings; text {k} (counted from 0) is {type(text).__name__}.")
+        try:
+            batch.append(text.encode())
+        except UnicodeEncodeError as error:
+            found = f"U+{ord(text[error.start]):04X} at character {error.start:,} (counted from 0)"
+            _refuse("DATA-UTF8", "", "characters", found, "replace halves of surrogate pairs", item=f"text {k:,}")
+        size += len(batch[-1])
+        if size >= CHUNK:
+            yield Chunk(*_joined(batch), True, size)
+            batch, size = [], 0
+    if batch:
+        yield Chunk(*_joined(batch), True, size)
+
+
+def joined(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The UTF-8 of some texts, one after another, and their bounds."""
+    return _joined([text.encode() for text in texts])
+
+
+def _joined(parts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    bounds = np.fromiter(itertools.accumulate(map(len, parts), initial=0), np.int64, len(parts) + 1)
+    return np.frombuffer(b"".join(parts), np.uint8), bounds

@@ -1,0 +1,272 @@
+"""Training: texts or counts in, a `tokenizers.Tokenizer` out, with the vocabulary and merges of Hugging Face's."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypedDict, Unpack, overload
+
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from eqx_moe.tokenizer.alphabet import byte_characters, choose_symbols
+from eqx_moe.tokenizer.count import count_files, count_texts
+from eqx_moe.tokenizer.counts import WordCounts
+from eqx_moe.tokenizer.export import build_tokenizer
+from eqx_moe.tokenizer.merge import Merges, merge_words
+from eqx_moe.tokenizer.patterns import BYTE_TOKENS, layout
+
+PathLike = str | os.PathLike[str]
+
+#: Called with what is being done ("counting" or "merging"), how much of it is done, and of how much.
+Progress = Callable[[str, int, int | None], None]
+
+
+class Options(TypedDict, total=False):
+    """Options of training that are seldom needed; names and meanings are those of `tokenizers.trainers.BpeTrainer`.
+
+    initial_alphabet: characters that get an id even if no text has them. The default is every byte, shown as in a
+        byte-level vocabulary, and for `metaspace` none.
+    limit_alphabet: keeps so many characters, the most frequent ones; of equally frequent ones those with the smallest
+        code points. Others are left out of the words.
+    continuing_subword_prefix: stands before each symbol that does not begin a word.
+    end_of_word_suffix: stands behind each symbol that ends a word. Symbols with a prefix or a suffix get their ids
+        after the alphabet, in the order of their texts. (In `tokenizers` the order is that of a hash map.)
+    threads: how many; None is one for each core that this process may use. The result does not depend on it.
+    progress: True shows a bar if stderr is a terminal; or a function, see `Progress`.
+    """
+
+    initial_alphabet: Iterable[str] | None
+    limit_alphabet: int | None
+    continuing_subword_prefix: str
+    end_of_word_suffix: str
+    threads: int | None
+    progress: bool | Progress
+
+
+@overload
+def train_bpe(
+    files: PathLike | Iterable[PathLike],
+    vocab_size: int = 32_000,
+    pattern: str = "llama3",
+    special_tokens: Iterable[str] = (),
+    min_frequency: int = 0,
+    max_token_length: int | None = None,
+    lines: bool = False,
+    **options: Unpack[Options],
+) -> Tokenizer: ...
+@overload
+def train_bpe(
+    files: PathLike | Iterable[PathLike],
+    vocab_size: Sequence[int],
+    pattern: str = "llama3",
+    special_tokens: Iterable[str] = (),
+    min_frequency: int = 0,
+    max_token_length: int | None = None,
+    lines: bool = False,
+    **options: Unpack[Options],
+) -> list[Tokenizer]: ...
+def train_bpe(
+    files: PathLike | Iterable[PathLike],
+    vocab_size: int | Sequence[int] = 32_000,
+    pattern: str = "llama3",
+    special_tokens: Iterable[str] = (),
+    min_frequency: int = 0,
+    max_token_length: int | None = None,
+    lines: bool = False,
+    **options: Unpack[Options],
+) -> Tokenizer | list[Tokenizer]:
+    """Trains a byte-pair encoding on files.
+
+    Args:
+        files: text in UTF-8, or the same compressed (`.gz`, `.zst`). Each file is one document.
+        vocab_size: how many tokens there are to be, special ones and the alphabet included; there are fewer if no pair
+            is left that occurs often enough. Several sizes give several tokenizers from one run.
+        pattern: how text is cut into words: "gpt2", "llama3", "qwen2", "o200k", "deepseek_v3" or "metaspace" (Mixtral
+            and Llama 2), as those tokenizers do, and tokenizer.json has their layout; or a regular expression, slower.
+        special_tokens: the first ids, in this order. They are not looked for in the texts.
+        min_frequency: pairs that occur more seldom are not merged.
+        max_token_length: a merge must have fewer characters (bytes, except for "metaspace").
+        lines: each line is a document of its own, as for `tokenizers.Tokenizer.train`: no token spans lines.
+        options: see `Options`.
+
+    Raises:
+        DataError: for files that cannot be read, or are not UTF-8, with the place.
+        ValueError: for options that cannot be, or a vocabulary that has no room for its alphabet.
+    """
+    settings = _Settings(vocab_size, pattern, special_tokens, min_frequency, max_token_length, **options)
+    paths = [files] if isinstance(files, (str, os.PathLike)) else files
+    return settings.train(
+        count_files(paths, pattern, lines=lines, threads=settings.threads, progress=settings.shown("counting"))
+    )
+
+
+@overload
+def train_bpe_from_iterator(
+    texts: Iterable[str],
+    vocab_size: int = 32_000,
+    pattern: str = "llama3",
+    special_tokens: Iterable[str] = (),
+    min_frequency: int = 0,
+    max_token_length: int | None = None,
+    **options: Unpack[Options],
+) -> Tokenizer: ...
+@overload
+def train_bpe_from_iterator(
+    texts: Iterable[str],
+    vocab_size: Sequence[int],
+    pattern: str = "llama3",
+    special_tokens: Iterable[str] = (),
+    min_frequency: int = 0,
+    max_token_length: int | None = None,
+    **options: Unpack[Options],
+) -> list[Tokenizer]: ...
+def train_bpe_from_iterator(
+    texts: Iterable[str],
+    vocab_size: int | Sequence[int] = 32_000,
+    pattern: str = "llama3",
+    special_tokens: Iterable[str] = (),
+    min_frequency: int = 0,
+    max_token_length: int | None = None,
+    **options: Unpack[Options],
+) -> Tokenizer | list[Tokenizer]:
+    """As `train_bpe`, on texts: a list, a generator, a column of a dataset. Each text is one document."""
+    settings = _Settings(vocab_size, pattern, special_tokens, min_frequency, max_token_length, **options)
+    return settings.train(count_texts(texts, pattern, threads=settings.threads, progress=settings.shown("counting")))
+
+
+@overload
+def train_bpe_from_counts(
+    counts: WordCounts,
+    vocab_size: int = 32_000,
+    pattern: str = "llama3",
+    special_tokens: Iterable[str] = (),
+    min_frequency: int = 0,
+    max_token_length: int | None = None,
+    **options: Unpack[Options],
+) -> Tokenizer: ...
+@overload
+def train_bpe_from_counts(
+    counts: WordCounts,
+    vocab_size: Sequence[int],
+    pattern: str = "llama3",
+    special_tokens: Iterable[str] = (),
+    min_frequency: int = 0,
+    max_token_length: int | None = None,
+    **options: Unpack[Options],
+) -> list[Tokenizer]: ...
+def train_bpe_from_counts(
+    counts: WordCounts,
+    vocab_size: int | Sequence[int] = 32_000,
+    pattern: str = "llama3",
+    special_tokens: Iterable[str] = (),
+    min_frequency: int = 0,
+    max_token_length: int | None = None,
+    **options: Unpack[Options],
+) -> Tokenizer | list[Tokenizer]:
+    """As `train_bpe`, on words that were counted before, with this pattern: see `counts_file`."""
+    settings = _Settings(vocab_size, pattern, special_tokens, min_frequency, max_token_length, **options)
+    return settings.train(counts)
+
+
+class _Settings:
+    """The arguments of training, checked before hours of counting."""
+
+    def __init__(
+        self,
+        vocab_size: int | Sequence[int],
+        pattern: str,
+        special_tokens: Iterable[str],
+        min_frequency: int,
+        max_token_length: int | None,
+        *,
+        initial_alphabet: Iterable[str] | None = None,
+        limit_alphabet: int | None = None,
+        continuing_subword_prefix: str = "",
+        end_of_word_suffix: str = "",
+        threads: int | None = None,
+        progress: bool | Progress = True,
+    ):
+        if isinstance(special_tokens, str):
+            raise ValueError(f"`special_tokens` must be several texts; got the one text {special_tokens!r}.")
+        self.sizes = [vocab_size] if isinstance(vocab_size, int) else list(vocab_size)
+        self.several = not isinstance(vocab_size, int)
+        self.pattern, self.special_tokens = pattern, list(dict.fromkeys(special_tokens))
+        self.min_frequency, self.max_token_length = min_frequency, max_token_length
+        self.affixes = {
+            "continuing_subword_prefix": continuing_subword_prefix,
+            "end_of_word_suffix": end_of_word_suffix,
+        }
+        self.initial_alphabet = None if initial_alphabet is None else list(initial_alphabet)
+        self.limit_alphabet = limit_alphabet
+        if threads is None:
+            threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.threads, self.progress = threads, progress
+        for name, value, least in (
+            ("min_frequency", min_frequency, 0),
+            ("max_token_length", max_token_length, 1),
+            ("limit_alphabet", limit_alphabet, 0),
+            ("threads", threads, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}; got {value}.")
+        if "" in self.special_tokens:
+            raise ValueError("`special_tokens` must not have the empty text among them.")
+        if not self.sizes:
+            raise ValueError("`vocab_size` must be a number, or at least one; got none.")
+        if not layout(pattern).metaspace and initial_alphabet is None and limit_alphabet is None:
+            self._check_sizes(len({*self.special_tokens, *byte_characters()}))
+
+    def _check_sizes(self, least: int) -> None:
+        if min(self.sizes) < least:
+            raise ValueError(
+                f"`vocab_size` must be at least {least}, the special tokens and the alphabet; got {min(self.sizes)}."
+            )
+
+    def shown(self, phase: str) -> bool | Callable[[int, int | None], None]:
+        """How a phase tells of its progress."""
+        report = self.progress
+        return report if isinstance(report, bool) else lambda done, total: report(phase, done, total)
+
+    def train(self, counts: WordCounts) -> Tokenizer | list[Tokenizer]:
+        characters = layout(self.pattern).metaspace
+        symbols = choose_symbols(
+            counts,
+            characters=characters,
+            special_tokens=[*self.special_tokens, *(BYTE_TOKENS if characters else ())],
+            initial_alphabet=self.initial_alphabet,
+            limit_alphabet=self.limit_alphabet,
+            **self.affixes,
+        )
+        self._check_sizes(len(symbols.tokens))
+        size, shown = max(self.sizes), self.shown("merging")
+        # Where a function is told, no bar is shown; a bar is only shown on a terminal.
+        with tqdm(total=size, desc="merging", unit=" tokens", delay=1, disable=None if shown is True else True) as bar:
+
+            def show(tokens: int) -> None:
+                bar.update(tokens - bar.n)
+                if not isinstance(shown, bool):
+                    shown(tokens, size)
+
+            merges = merge_words(
+                counts,
+                symbols,
+                vocab_size=size,
+                min_frequency=self.min_frequency,
+                max_token_length=self.max_token_length,
+                continuing_subword_prefix=self.affixes["continuing_subword_prefix"],
+                threads=self.threads,
+                progress=show,
+            )
+        trained = [self._tokenizer(merges, size, len(symbols.tokens)) for size in self.sizes]
+        return trained if self.several else trained[0]
+
+    def _tokenizer(self, merges: Merges, size: int, base: int) -> Tokenizer:
+        """The tokenizer of the first `size` tokens: what a run to that size would have given."""
+        steps = merges.steps
+        last = (steps[:, 2] == size - 1).nonzero()[0]  # The merge that makes the vocabulary full.
+        if size == base:
+            steps = steps[:0]
+        elif len(last):
+            steps = steps[: last[0] + 1]
+        texts = merges.tokens
+        spelt = [(texts[left], texts[right]) for left, right in steps[:, :2].tolist()]
+        return build_tokenizer(texts[:size], spelt, self.pattern, self.special_tokens, **self.affixes)

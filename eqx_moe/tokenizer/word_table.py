@@ -1,0 +1,322 @@
+"""A hash table from words to how often each was seen, for one thread.
+
+Open addressing over `slots`: uint64, the upper half a word's tag (32 bits of its hash, whose upper bits say where it
+belongs), the lower half its row in `records`; 0 is free, and so row 0 is nobody's. A row is four uint64: for a word of
+up to 16 bytes its bytes, filled up with zeros; for a longer one its first 8 bytes and its place in `arena`, which has
+all of them; then its length and its count. So most words are found with two cache lines, and as words are looked up in
+batches, both have been asked for before they are read.
+"""
+
+from typing import no_type_check
+
+import numpy as np
+from numba import njit
+
+from eqx_moe.tokenizer.counts import WordCounts
+from eqx_moe.tokenizer.machine import byte_swap, load64, prefetch, trailing_zeros
+
+_SHORT = 16
+_ROW = np.uint64(4)
+_LOW = np.uint64(0xFFFFFFFF)
+_HALF = np.uint64(32)
+_ZERO, _ONE, _TWO, _THREE = (np.uint64(number) for number in range(4))
+# Odd numbers with bits all over: fractional parts of the square roots of 2, 3 and 5.
+_FIRST = np.uint64(0x6A09E667F3BCC909)
+_SECOND = np.uint64(0xBB67AE8584CAA73B)
+_THIRD = np.uint64(0x3C6EF372FE94F82B)
+# What belongs to a word of so many bytes, of the first eight bytes from its start on and of the next.
+_MASKS = np.array([(1 << 8 * min(length, 8)) - 1 for length in range(_SHORT + 1)], np.uint64)
+_NEXT_MASKS = np.array([(1 << 8 * max(length - 8, 0)) - 1 for length in range(_SHORT + 1)], np.uint64)
+
+#: Places in `state`: how many words there are, and bytes of the arena in use.
+WORDS, ARENA_USED = range(2)
+
+#: Words of a batch, and what is known about each.
+_BATCH = 64
+_KEY, _NEXT, _MIXED, _START, _LENGTH, _AMOUNT = range(6)
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def _bytes_as_word(text, start, stop):
+    """Up to eight bytes as uint64, without looking past them."""
+    value = _ZERO
+    for k in range(min(stop, start + 8) - 1, start - 1, -1):
+        value = value << np.uint64(8) | np.uint64(text[k])
+    return value
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def _load(text, start, length):
+    """The first two words of a piece."""
+    if start + _SHORT <= len(text):
+        shorter = min(length, _SHORT)
+        return load64(text, start) & _MASKS[shorter], load64(text, start + 8) & _NEXT_MASKS[shorter]
+    return _bytes_as_word(text, start, start + length), _bytes_as_word(text, start + 8, start + length)
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def _same(text, start, other, place, length):
+    """Whether two words of a length above 8 are the same, when their first eight bytes are."""
+    for k in range(8, length - 8, 8):
+        if load64(text, start + k) != load64(other, place + k):
+            return False
+    return load64(text, start + length - 8) == load64(other, place + length - 8)
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def _mix(text, start, length, first, second):
+    """64 bits of hash, of which the upper ones are good."""
+    mixed = (first ^ np.uint64(length) * _THIRD) * _FIRST
+    if length <= _SHORT:
+        return (mixed ^ mixed >> _HALF ^ second) * _SECOND
+    for k in range(start + 8, start + length - 8, 8):
+        mixed = (mixed ^ mixed >> _HALF ^ load64(text, k)) * _FIRST
+    return (mixed ^ mixed >> _HALF ^ load64(text, start + length - 8)) * _SECOND
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def _add_batch(text, number, batch, slots, records, arena, state):
+    """Count the words of a batch; returns how many, fewer than `number` when there is no room for a new word."""
+    shift = np.uint64(64 - trailing_zeros(np.uint64(len(slots))))
+    mask = np.uint64(len(slots) - 1)
+    for k in range(number):
+        prefetch(slots, np.int64(batch[_MIXED, k] >> shift))
+    for k in range(number):
+        prefetch(records, np.int64(_ROW * (slots[batch[_MIXED, k] >> shift] & _LOW)))
+    for k in range(number):
+        first, second, mixed = batch[_KEY, k], batch[_NEXT, k], batch[_MIXED, k]
+        start, length = np.int64(batch[_START, k]), np.int64(batch[_LENGTH, k])
+        tag, slot = mixed >> _HALF, mixed >> shift
+        while True:
+            entry = slots[slot]
+            if entry == _ZERO:
+                row = state[WORDS] + 1
+                if 4 * (row + 1) > len(records) or 2 * row > len(slots):
+                    return k
+                if length > _SHORT:
+                    place = state[ARENA_USED]
+                    if place + length > len(arena):
+                        return k
+                    arena[place : place + length] = text[start : start + length]
+                    second = np.uint64(place)
+                    state[ARENA_USED] = place + length
+                record = _ROW * np.uint64(row)
+                records[record] = first
+                records[record + _ONE] = second
+                records[record + _TWO] = np.uint64(length)
+                records[record + _THREE] = batch[_AMOUNT, k]
+                slots[slot] = tag << _HALF | np.uint64(row)
+                state[WORDS] = row
+                break
+            if entry >> _HALF == tag:
+                record = _ROW * (entry & _LOW)
+                if records[record] == first and records[record + _TWO] == np.uint64(length):
+                    if length <= _SHORT:
+                        found = records[record + _ONE] == second
+                    else:
+                        found = _same(text, start, arena, np.int64(records[record + _ONE]), length)
+                    if found:
+                        records[record + _THREE] += batch[_AMOUNT, k]
+                        break
+            slot = (slot + _ONE) & mask
+    return number
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def add_pieces(text, start, ends, number, slots, records, arena, state):
+    """Count the pieces of a text that follow each other from `start` on, piece k ending at `ends[k]`.
+
+    Returns:
+        How many were counted: fewer than `number` when there is no room for a new word.
+    """
+    batch = np.empty((6, _BATCH), np.uint64)
+    batch[_AMOUNT] = _ONE
+    for begin in range(0, number, _BATCH):
+        size = min(_BATCH, number - begin)
+        for k in range(size):
+            length = ends[begin + k] - start
+            first, second = _load(text, start, length)
+            batch[_KEY, k] = first
+            batch[_NEXT, k] = second
+            batch[_MIXED, k] = _mix(text, start, length, first, second)
+            batch[_START, k] = start
+            batch[_LENGTH, k] = length
+            start = ends[begin + k]
+        added = _add_batch(text, size, batch, slots, records, arena, state)
+        if added < size:
+            return begin + added
+    return number
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def _add_table(more, more_arena, begin, stop, slots, records, arena, state):
+    """Add the words in rows `begin` to `stop` of another table; returns the row at which it had to stop."""
+    batch = np.empty((6, _BATCH), np.uint64)
+    while begin < stop:
+        size = min(_BATCH, stop - begin)
+        for k in range(size):
+            record = 4 * (begin + k)
+            length = np.int64(more[record + 2])
+            start = np.int64(more[record + 1]) if length > _SHORT else 0
+            batch[_KEY, k] = more[record]
+            batch[_NEXT, k] = more[record + 1]
+            batch[_MIXED, k] = _mix(more_arena, start, length, more[record], more[record + 1])
+            batch[_START, k] = start
+            batch[_LENGTH, k] = length
+            batch[_AMOUNT, k] = more[record + 3]
+        added = _add_batch(more_arena, size, batch, slots, records, arena, state)
+        begin += added
+        if added < size:
+            break
+    return begin
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def _place_again(old, new):
+    """Put the entries of one array of slots into another."""
+    shift = _HALF - np.uint64(trailing_zeros(np.uint64(len(new))))
+    for entry in old:
+        if entry != _ZERO:
+            slot = np.int64(entry >> _HALF >> shift)
+            while new[slot] != _ZERO:
+                slot = (slot + 1) & (len(new) - 1)
+            new[slot] = entry
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def _sort_keys(records, keys):
+    """The first eight bytes of each word as a number: its order is that of the bytes."""
+    for word in range(len(keys)):
+        keys[word] = byte_swap(records[word, 0])
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def _is_before(one, two, records, arena):
+    """Whether one word comes before another whose first eight bytes are the same."""
+    length, other = np.int64(records[one, 2]), np.int64(records[two, 2])
+    shorter = min(length, other)
+    for k in range(8, shorter, 8):
+        left, right = _eight(records, arena, one, length, k), _eight(records, arena, two, other, k)
+        if left != right:
+            return left < right
+    return length < other
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def _eight(records, arena, word, length, k):
+    """Bytes k to k + 8 of a word, as a number that orders as they do; zeros after its end."""
+    if length <= _SHORT:
+        return byte_swap(records[word, k >> 3])
+    place = np.int64(records[word, 1])
+    if k + 8 <= length:
+        return byte_swap(load64(arena, place + k))
+    return byte_swap(_bytes_as_word(arena, place + k, place + length))
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def _sort_ties(order, keys, records, arena, spare):
+    """Put words with the same first eight bytes in order: merge sort of each run of equal `keys[order]`."""
+    begin = 0
+    while begin < len(order):
+        stop = begin + 1
+        while stop < len(order) and keys[order[stop]] == keys[order[begin]]:
+            stop += 1
+        step = 1
+        while step < stop - begin:
+            for left in range(begin, stop, 2 * step):
+                middle, right = min(left + step, stop), min(left + 2 * step, stop)
+                i, j = left, middle
+                for k in range(left, right):
+                    if j == right or (i < middle and not _is_before(order[j], order[i], records, arena)):
+                        spare[k] = order[i]
+                        i += 1
+                    else:
+                        spare[k] = order[j]
+                        j += 1
+            order[begin:stop] = spare[begin:stop]
+            step *= 2
+        begin = stop
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def _write(order, records, arena, text, offsets, counts):
+    """Write the words in an order, as `WordCounts` has them."""
+    place = 0
+    for k in range(len(order)):
+        word = order[k]
+        length = np.int64(records[word, 2])
+        if length > _SHORT:
+            begin = np.int64(records[word, 1])
+            text[place : place + length] = arena[begin : begin + length]
+        else:
+            for j in range(length):
+                text[place + j] = np.uint8(records[word, j >> 3] >> np.uint64(8 * (j & 7)))
+        offsets[k] = place
+        counts[k] = np.int64(records[word, 3])
+        place += length
+    offsets[len(order)] = place
+
+
+class WordTable:
+    """Words and their counts, while they are being counted; used by one thread at a time."""
+
+    def __init__(self):
+        self.slots = np.zeros(1 << 15, np.uint64)
+        self.records = np.empty(4 << 14, np.uint64)
+        self.arena = np.empty(1 << 18, np.uint8)
+        self.state = np.zeros(2, np.int64)
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """What the kernels take."""
+        return self.slots, self.records, self.arena, self.state
+
+    def __len__(self) -> int:
+        return int(self.state[WORDS])
+
+    def grow(self, length: int):
+        """Make room for more words, and for one of `length` bytes."""
+        words, used = self.state
+        if 2 * (words + 1) > len(self.slots):
+            slots = np.zeros(2 * len(self.slots), np.uint64)
+            _place_again(self.slots, slots)
+            self.slots = slots
+        if 4 * (words + 2) > len(self.records):
+            records = np.empty(2 * len(self.records), np.uint64)
+            records[: len(self.records)] = self.records
+            self.records = records
+        if used + length > len(self.arena):
+            arena = np.empty(max(2 * len(self.arena), used + length), np.uint8)
+            arena[:used] = self.arena[:used]
+            self.arena = arena
+
+    def add_table(self, other: "WordTable"):
+        """Add all counts of another table."""
+        row, stop = 1, len(other) + 1
+        while (row := _add_table(other.records, other.arena, row, stop, *self.arrays)) < stop:
+            self.grow(int(other.records[4 * row + 2]))
+
+    def sorted_counts(self) -> WordCounts:
+        """The words in bytewise order, and their counts."""
+        records, number = self.records[4 : 4 * (len(self) + 1)].reshape(-1, 4), len(self)
+        keys = np.empty(number, np.uint64)
+        _sort_keys(records, keys)
+        order = np.argsort(keys)
+        _sort_ties(order, keys, records, self.arena, np.empty_like(order))
+        text = np.empty(int(records[:, 2].sum()), np.uint8)
+        offsets, counts = np.empty(number + 1, np.int64), np.empty(number, np.int64)
+        _write(order, records, self.arena, text, offsets, counts)
+        return WordCounts(text, offsets, counts)
