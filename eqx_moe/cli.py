@@ -164,6 +164,12 @@ def _parser() -> argparse.ArgumentParser:
     finetune.add_argument(
         "--seq", type=_at_least_two, metavar="N", help="tokens a row (512, or as many as the model has positions)"
     )
+    finetune.add_argument(
+        "--router-aux-loss",
+        type=_not_negative,
+        metavar="COEF",
+        help="the weight of the load-balancing loss (what config.json says: 0.001 to 0.02 for most, 0.9 for gpt-oss)",
+    )
     finetune.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the order of the data (%(default)s)")
 
     push = _command(
@@ -263,7 +269,7 @@ def _inspect(args: argparse.Namespace) -> None:
         shown[key] = f"{text} (not read here)"
     rope = dataclasses.asdict(shown["rope_parameters"])
     shown["rope_parameters"] = {key: value for key, value in rope.items() if value is not None}
-    _print_table({f"  {key}": _cell(value) for key, value in shown.items()})
+    _print_table({f"  {_cell(key)}": _cell(value) for key, value in shown.items()})
     print("\nfiles")
     _print_table({f"  {_cell(name)}": f"{size:>15,} bytes" for name, size in found.files.items()})
 
@@ -347,6 +353,8 @@ def _finetune(args: argparse.Namespace) -> None:
     target = args.out / "model"
     _refuse_taken(target)
 
+    import dataclasses
+
     import jax
 
     from eqx_moe import train
@@ -356,12 +364,18 @@ def _finetune(args: argparse.Namespace) -> None:
     commit = pinned(args.model)
     config = load_config(args.model, revision=commit)
     tokenizer = load_tokenizer(args.model, revision=commit)
+    if args.router_aux_loss is not None and not hasattr(config, "router_aux_loss_coef"):
+        raise ValueError(f"--router-aux-loss is for models with such a loss; got a {type(config).__name__}.")
     seq = args.seq or min(512, config.max_position_embeddings)
     if seq > config.max_position_embeddings:
         raise ValueError(f"--seq must be at most {config.max_position_embeddings}, the model's positions; got {seq}.")
     texts = train.read_texts(args.data)
     # In float32 whatever is stored: small updates would be rounded away in 16 bits.
     model = from_pretrained(args.model, dtype="float32", revision=commit)
+    stored = model.config.dtype
+    if args.router_aux_loss is not None:
+        changed = dataclasses.replace(model.config, router_aux_loss_coef=args.router_aux_loss)
+        model = dataclasses.replace(model, config=changed)
     ends = model.generation_config.eos_token_id
     end_id = ends[0] if ends else None
     documents = train.tokenize(texts, tokenizer, vocab_size=config.vocab_size, end_id=end_id)
@@ -380,7 +394,7 @@ def _finetune(args: argparse.Namespace) -> None:
     first, last = sum(losses[:edge]) / edge, sum(losses[-edge:]) / edge
     print(f"loss {first:.4f} in the first {edge} of {args.steps} steps, {last:.4f} in the last {edge}")
     with nothing_half_made(target):
-        save_pretrained(model, target, tokenizer=tokenizer, dtype=config.dtype)
+        save_pretrained(model, target, tokenizer=tokenizer, dtype=stored)
     print(f"written to {target}")
 
 

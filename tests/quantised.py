@@ -134,7 +134,10 @@ def write_gpt_oss(folder: pathlib.Path) -> dict[str, np.ndarray]:
             plain[name] = np.ascontiguousarray(mxfp4_by_loops(blocks, scales).swapaxes(1, 2))
     write(folder / SINGLE, tensors)
     kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    change_config(folder, dtype="bfloat16", quantization_config=dict(quant_method="mxfp4", modules_to_not_convert=kept))
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]  # as in the releases
+    config["quantization_config"] = dict(quant_method="mxfp4", modules_to_not_convert=kept)
+    (folder / "config.json").write_text(json.dumps(config))
     return plain
 
 
