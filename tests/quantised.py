@@ -116,7 +116,7 @@ def write_deepseek(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[st
     ends |= dict.fromkeys(("enorm", "hnorm", "shared_head.norm"), (hidden,))
     tensors |= {f"{AHEAD}{name}.weight": rng.normal(size=shape).astype("f4") for name, shape in ends.items()}
     safetensors.numpy.save_file(tensors, folder / SINGLE)
-    change_config(folder, num_hidden_layers=2)
+    change_config(folder, num_hidden_layers=2, num_nextn_predict_layers=1)
     return quantise(folder)
 
 

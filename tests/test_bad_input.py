@@ -649,11 +649,30 @@ def test_a_shard_without_permission(sharded, refused):
 
 @pytest.mark.parametrize("load", [eqx_moe.from_pretrained, eqx_moe.load_config, eqx_moe.load_tokenizer])
 def test_no_folder(tmp_path, refused, load):
-    error = refused(tmp_path / "nothing", "CFG-FOLDER", "nothing", load=load)
+    error = refused(str(tmp_path / "nothing"), "CFG-FOLDER", "nothing", load=load)
     assert "repo on the Hub" in error.expected
+    # A path is never the name of a repo.
+    assert "repo" not in refused(tmp_path / "nothing", "CFG-FOLDER", "nothing", load=load).expected
     (tmp_path / "file").write_text("x")
     refused(tmp_path / "file", "CFG-FOLDER", "file", load=load)
     refused(pathlib.Path("mistralai/Mixtral-8x7B-v0.1"), "CFG-FOLDER", "Mixtral-8x7B-v0.1", load=load)
+
+
+def test_a_folder_in_mistrals_own_layout(tmp_path, refused):
+    (tmp_path / "params.json").write_text("{}")
+    assert "convert.from_mistral" in refused(tmp_path, "CFG-MISSING", CONFIG).fix
+
+
+def test_a_folder_where_a_file_is_to_go(single, refused):
+    """Found before anything is changed: what was there loads as before."""
+    model = eqx_moe.from_pretrained(single)
+    (single / "eqx_moe.json").unlink()
+    (single / "eqx_moe.json").mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        eqx_moe.save_pretrained(model, single)
+    check(caught.value, "ST-SAVE", "model", "eqx_moe.json")
+    assert not list(single.glob(".*"))
+    eqx_moe.from_pretrained(single)
 
 
 def test_an_empty_folder(tmp_path, refused):
@@ -916,6 +935,6 @@ def test_every_code_is_documented(root):
     used = set()
     for path in (root / "eqx_moe").rglob("*.py"):
         if path.name != "errors.py":
-            used |= set(re.findall(r'"((?:CFG|ST|IDX|SUM|TOK|HUB|DATA)-[A-Z0-9-]+)"', path.read_text()))
+            used |= set(re.findall(r'"((?:CFG|ST|IDX|SUM|TOK|HUB|DATA|COUNTS)-[A-Z0-9-]+)"', path.read_text()))
     composed = {f"{kind}-{part}" for kind in ("CFG", "IDX", "SUM", "TOK") for part in ("FILE", "JSON")}
     assert used | composed == set(CODES)

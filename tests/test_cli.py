@@ -86,6 +86,7 @@ print(statuses, "jax" in sys.modules)
         "finetune folder --data a.txt",
         "finetune folder --data a.txt --out x --steps 0",
         "finetune folder --data a.txt --out x --lr 0",
+        "finetune folder --data a.txt --out x --router-aux-loss -1",
         "finetune folder --data a.txt --out x --seq 1",
     ],
 )
