@@ -152,6 +152,8 @@ FAMILIES = {
         **_WIDE, num_key_value_heads=8, intermediate_size=256, num_experts=32, eos_token_id=2, pad_token_id=0
     ),
 }  # fmt: skip
+# One wide dense layer, which no scan runs: nothing of it is computed again.
+FAMILIES["kimi_k2"] = dataclasses.replace(FAMILIES["deepseek_v3"], first_k_dense_replace=1, intermediate_size=4096)
 
 
 def check(found: dict[str, float]):
@@ -179,10 +181,11 @@ def test_plan_on_8_devices(kind, shape, rows):
     [
         ("gpt_oss", (2, 2, 2), 8),
         ("deepseek_v3", (1, 8, 1), 16),
+        pytest.param("kimi_k2", (4, 2, 1), 64, marks=pytest.mark.full),
         *(
-            pytest.param(family, shape, 16, marks=pytest.mark.full)
-            for family in FAMILIES
-            for shape in ((2, 2, 2), (1, 8, 1), (8, 1, 1), (4, 2, 1))
+            pytest.param(family, shape, rows, marks=pytest.mark.full)
+            for family in ("gpt_oss", "deepseek_v3", "qwen3_moe", "olmoe")
+            for shape, rows in (((2, 2, 2), 8), ((1, 8, 1), 16), ((4, 2, 1), 16))
         ),
     ],
 )

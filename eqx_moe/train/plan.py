@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
 
 import equinox as eqx
 import jax
@@ -120,6 +119,7 @@ def plan_step(
     )
     step = _Step(model, sharding, rows, length)
     layers = [step.layer(i, block) for i, block in enumerate(model.layers)]
+    again, once = _turns(model, layers)
     vocabulary = [step.weight(place) for path, place in sharding.items() if path.split(".")[0] in _ENDS]
     return StepPlan(
         sharding=sharding,
@@ -131,18 +131,21 @@ def plan_step(
         batch=3 * step.tokens * 4,
         gradients=sharding.bytes_per_device,
         copies=sharding.bytes_per_device,
-        kept=sum(layer.kept for layer in layers),
-        working=max(map(_working, _turns(model, layers))) + _VOCAB * max(weight.gathered for weight in vocabulary),
+        # What is not computed again stays, all of it.
+        kept=sum(layer.kept for layer in layers) + sum(map(_working, once)),
+        working=max(map(_working, again), default=0) + _VOCAB * max(weight.gathered for weight in vocabulary),
         sent=step.sent(layers, vocabulary),
     )
 
 
-def _turns(model: Decoder, layers: list["_Layer"]) -> Iterator[list["_Layer"]]:
-    """The layers that a turn of each scan runs."""
-    first = 0
+def _turns(model: Decoder, layers: list["_Layer"]) -> tuple[list[list["_Layer"]], list[list["_Layer"]]]:
+    """The layers that a turn of each scan runs, which the backward pass computes again; and those in no stack."""
+    again, once, first = [], [], 0
     for layer in eqx.filter_eval_shape(stack, model).layers:
-        yield layers[first : first + len(blocks_of(layer))]
+        turns = again if isinstance(layer, Stack) else once
+        turns.append(layers[first : first + len(blocks_of(layer))])
         first += layer.count if isinstance(layer, Stack) else 1
+    return again, once
 
 
 def _working(turn: list["_Layer"]) -> int:
