@@ -285,6 +285,7 @@ def test_plan_on_64_devices(kind, shape, rows, length):
         ("gpt-oss-120b", (4, 4, 4), 64, 1024),
         ("gpt-oss-120b", (1, 8, 8), 16, 1024),
         ("gpt-oss-120b", (64, 1, 1), 64, 1024),
+        ("Qwen3-30B-A3B", (8, 8, 1), 64, 2048),
     ],
 )
 def test_plan_of_released_models_on_64_devices(name, shape, rows, length):
