@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         [
             "eqx-moe inspect examples/assets/shakespeare-moe",
             "eqx-moe inspect mistralai/Mixtral-8x7B-v0.1",
-            "eqx-moe inspect MODEL --mesh data=8,expert=8 --batch-size 64 --seq 4096",
+            "eqx-moe inspect MODEL --mesh data=8,expert=8 --batch-size 64 --seq 4096 --dtype bfloat16",
         ],
     )
     inspect.add_argument("model", metavar="MODEL", help="a checkpoint folder, or a repo on the Hub")
@@ -107,6 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument(
         "--seq", type=_at_least_two, metavar="N", help="tokens a row, with --mesh (2048, or the model's positions)"
+    )
+    inspect.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of weights, optimizer state and activations, with --mesh (float32)",
     )
 
     generate = _command(
@@ -248,11 +253,14 @@ def _inspect(args: argparse.Namespace) -> None:
     from eqx_moe.hub import look_into
     from eqx_moe.models import count_parameters, family_of, skeleton
 
-    if args.mesh is None and (args.batch_size or args.seq):
-        raise ValueError("--batch-size and --seq are for a plan; name its devices too, as in --mesh data=2,expert=4.")
+    if args.mesh is None and (args.batch_size or args.seq or args.dtype):
+        raise ValueError(
+            "--batch-size, --seq and --dtype are for a plan; name its devices too, as in --mesh data=2,expert=4."
+        )
     found = look_into(args.model)
     config = found.config
-    family, model = family_of(config), skeleton(config)
+    dtype = args.dtype or "float32"
+    family, model = family_of(config), skeleton(config, dtype=dtype)
     tensors = {name: plan(table, leaf_paths(model)).keys() for name, table in family.names(config).items()}
     total, active = count_parameters(model)
     rows = {
@@ -260,7 +268,7 @@ def _inspect(args: argparse.Namespace) -> None:
         "parameters": f"{total:,}" if active == total else f"{total:,} in all, {active:,} active for a token",
     }
     rows |= {"weights": "none here"} if found.stored is None else _weights(found.stored, tensors)
-    planned = _plan(args, config, model) if args.mesh else ""
+    planned = f"{_plan(args, config, model, dtype)}\n" if args.mesh else ""
     _print_table(rows)
     print(planned, end="")
     print("\nconfig")
@@ -294,7 +302,7 @@ def _weights(stored: Mapping[str, Any], tensors: Mapping[str, Set[str]]) -> dict
     return rows
 
 
-def _plan(args: argparse.Namespace, config: Any, model: Any) -> str:
+def _plan(args: argparse.Namespace, config: Any, model: Any, dtype: str) -> str:
     import math
 
     from jax.sharding import AbstractMesh
@@ -309,7 +317,7 @@ def _plan(args: argparse.Namespace, config: Any, model: Any) -> str:
             f"--seq must be at most {config.max_position_embeddings}, the model's positions; got {length}."
         )
     step = train.plan_step(model, mesh, rows=rows, length=length, optimizer=train.adamw(1e-4, 1))
-    return f"\n{step.sharding}\n\nfloat32 with AdamW, layers stacked and rematerialised:\n{step}\n"
+    return f"\n{step.sharding}\n\n{dtype} with AdamW, layers stacked and rematerialised:\n{step}"
 
 
 def _print_table(rows: Mapping[str, str]) -> None:
