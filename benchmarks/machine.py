@@ -21,14 +21,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def description() -> str:
+def description(*packages: str) -> str:
     """Machine, versions and the allocator's settings, for the head of a table."""
     model = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
             names = {line.split(":", 1)[1].strip() for line in file if line.startswith("model name")}
         model = ", ".join(sorted(names)) or model
-    packages = ("jax", "eqx_moe", "torch", "transformers")
+    packages = packages or ("jax", "eqx_moe", "torch", "transformers")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     malloc = " ".join(f"{name}={os.environ[name]}" for name in MALLOC if name in os.environ) or "glibc's defaults"
     return f"{cores()} cores {model}, Python {platform.python_version()}, {versions}; {malloc}"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from eqx_moe.errors import CheckpointError, EqxMoeError
+from eqx_moe.tokenizer.command import add_commands as add_tokenizer_commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -190,6 +191,8 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("folder", metavar="DIR", help="a checkpoint folder")
     push.add_argument("repo", metavar="REPO_ID", help="your-name/your-model; made if it is not there")
     push.add_argument("--private", action="store_true", help="if the repo is made, make it a private one")
+
+    add_tokenizer_commands(commands, _command)
     return parser
 
 

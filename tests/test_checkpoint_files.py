@@ -20,8 +20,9 @@ from eqx_moe.checkpoint.dtypes import WEIGHT_DTYPES
 from eqx_moe.checkpoint.header import read_header
 from eqx_moe.checkpoint.reader import aligned_empty
 from eqx_moe.checkpoint.replacing import finish_replacing
-from eqx_moe.checkpoint.writer import parse_size, plan_shards
+from eqx_moe.checkpoint.writer import plan_shards
 from eqx_moe.errors import CheckpointError
+from eqx_moe.sizes import parse_size
 
 INDEX = "model.safetensors.index.json"
 ORIGINAL = (
@@ -308,11 +309,11 @@ def test_a_file_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("size", [0, -1, True, "", "5", "GB", "5 parsecs", "-1GB", "0GB", "5GB GB", "nanGB"])
 def test_sizes_that_are_none(size):
     with pytest.raises(ValueError, match="max_shard_size"):
-        parse_size(size)
+        parse_size(size, "max_shard_size")
 
 
 def test_sizes():
-    sizes = [parse_size(s) for s in (7, "7B", "5GB", "5gb", "2GiB", " 1.5 MB ", "3KiB", "1TB")]
+    sizes = [parse_size(s, "max_shard_size") for s in (7, "7B", "5GB", "5gb", "2GiB", " 1.5 MB ", "3KiB", "1TB")]
     assert sizes == [7, 7, 5 * 10**9, 5 * 10**9, 2**31, 1_500_000, 3072, 10**12]
 
 

@@ -5,10 +5,12 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 import tiny
+from tokenizers import Tokenizer
 
 import eqx_moe
 
@@ -111,7 +113,48 @@ def test_pretrain_spellings(example):
     assert module.DropoutTokens(tiny.TEXT, tokenizer, 0.3, seed=1).ids(1).tolist() != second
 
 
-@pytest.mark.parametrize("name", ["quickstart", "finetune", "pretrain"])
+class OneMachine:
+    """What the example asks of Ray and of Spark, done here: neither is installed."""
+
+    def __init__(self, texts=()):
+        self.texts = texts
+
+    @staticmethod
+    def remote(function):
+        return types.SimpleNamespace(remote=function)
+
+    @staticmethod
+    def get(results):
+        return results
+
+    def mapPartitions(self, function):
+        return types.SimpleNamespace(toLocalIterator=lambda: [data for text in self.texts for data in function([text])])
+
+
+def test_counting_on_many_machines(root, example, tmp_path, monkeypatch):
+    """On processes, with Ray, with Spark: the tokenizer is the one of a single machine."""
+    from eqx_moe.tokenizer import train_bpe
+
+    files = [tmp_path / f"{i}.txt" for i in range(3)]
+    for i, file in enumerate(files):
+        file.write_text(tiny.TEXT * (i + 1) + "naïve 日本 " * i)
+    expected = train_bpe(files, 300).to_str()
+    program, out = root / "examples" / "count_on_many_machines.py", tmp_path / "out.json"
+    line = [sys.executable, program, *files, "--vocab-size", "300", "--out", out]
+    subprocess.run(line, check=True, capture_output=True)
+    assert Tokenizer.from_file(str(out)).to_str() == expected
+
+    monkeypatch.setitem(sys.modules, "ray", OneMachine)
+    example("count_on_many_machines", *files, "--vocab-size", 300, "--out", out, "--ray")
+    assert Tokenizer.from_file(str(out)).to_str() == expected
+
+    module, _ = example("count_on_many_machines")
+    counted = module.read_all(module.on_spark(OneMachine([file.read_text() for file in files]), tmp_path))
+    words = module.add_counts([part.words for part in counted])
+    assert module.train_bpe_from_counts(words, 300, module.PATTERN).to_str() == expected
+
+
+@pytest.mark.parametrize("name", ["quickstart", "finetune", "pretrain", "count_on_many_machines"])
 def test_help(root, name):
     done = subprocess.run([sys.executable, root / "examples" / f"{name}.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and f"python examples/{name}.py" in done.stdout, done.stderr

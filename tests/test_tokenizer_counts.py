@@ -39,7 +39,7 @@ def lines_of(text: str) -> list[str]:
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK", 512)
+    monkeypatch.setattr(count, "CHUNK", 512)
 
 
 def hard_text(seed: int, parts: int) -> str:

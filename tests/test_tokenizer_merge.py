@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eqx_moe.tokenizer import merge
 from eqx_moe.tokenizer.alphabet import byte_characters, choose_symbols
 from eqx_moe.tokenizer.merge import merge_words
 from eqx_moe.tokenizer.reference import train_slowly
@@ -13,12 +14,49 @@ from eqx_moe.tokenizer.reference import train_slowly
 def merged(words: dict[str, int], vocab_size: int, *, characters=True, **options):
     """What `train_slowly` gives, by the kernels: vocabulary and merges."""
     prefix = options.get("continuing_subword_prefix", "")
-    chosen = {name: options.pop(name) for name in ("min_frequency", "max_token_length", "threads") if name in options}
+    chosen = {
+        name: options.pop(name)
+        for name in ("min_frequency", "max_token_length", "threads", "max_memory")
+        if name in options
+    }
     counts = bpe.word_counts(words)
     symbols = choose_symbols(counts, characters=characters, **options)
     found = merge_words(counts, symbols, vocab_size=vocab_size, continuing_subword_prefix=prefix, **chosen)
     steps = [(found.tokens[left], found.tokens[right]) for left, right, _ in found.steps]
     return {token: i for i, token in enumerate(found.tokens)}, steps
+
+
+def test_large_arrays_may_lie_in_files(monkeypatch):
+    words = {f"{i:b}{i:x}": i % 7 + 1 for i in range(3000)}
+    expected = merged(words, 400, threads=2)
+    made = []
+    really = merge.large_array
+    monkeypatch.setattr(merge, "large_array", lambda *args: made.append(args[2]) or really(*args))
+    monkeypatch.setattr(merge, "memory_needed", lambda *args: 2**60)
+    assert merged(words, 400, threads=2, max_memory=2**59) == expected
+    assert len(made) > 4 and all(made)
+    with pytest.raises(ValueError, match="bytes for 2 threads and 400 tokens; got 999"):
+        merged(words, 400, threads=2, max_memory=999)
+
+
+MANY = {f"{i:b}{i:o}{i:x}": i % 7 + 1 for i in range(1, 700)}
+
+
+def test_a_vocabulary_too_large_for_16_bits():
+    assert merged(MANY, 70_000) == merged(MANY, 60_000)
+
+
+@pytest.mark.full
+def test_positions_too_large_for_32_bits(monkeypatch):
+    expected = merged(MANY, 3000)
+    monkeypatch.setattr(merge, "_FEW", 0)
+    assert merged(MANY, 3000) == expected
+
+
+def test_what_memory_is_needed_grows_with_words_and_vocabulary():
+    few, many = bpe.word_counts({"ab": 1}), bpe.word_counts({f"{i}": 1 for i in range(5000)})
+    assert merge.memory_needed(many, 300, 2) > merge.memory_needed(few, 300, 2)
+    assert merge.least_memory(70_000, 2) > merge.least_memory(300, 2) > merge.least_memory(300, 1)
 
 
 def check(data: st.DataObject):

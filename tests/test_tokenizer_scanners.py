@@ -14,7 +14,9 @@ TEXTS = st.lists(st.sampled_from(splitting.TRICKY) | st.text(max_size=3), max_si
 
 
 def check(text: str, pattern: str):
-    assert scanners.pieces(text, pattern) == splitting.oracle_pieces(text, pattern)
+    """By itself, and with so much after it that 64 bytes can be looked at together."""
+    for end in ("", " and so on." * 6):
+        assert scanners.pieces(text + end, pattern) == splitting.oracle_pieces(text + end, pattern)
 
 
 @each_pattern
@@ -38,6 +40,28 @@ def test_all_pairs_and_triples_of_tricky_strings(pattern):
     for left in parts:
         # Joined by a letter and a space, which keeps neighbours from meeting.
         check(" a".join(f"{left}{right}a{left}{right}{left}" for right in parts), pattern)
+
+
+@each_pattern
+def test_every_place_of_a_window(pattern):
+    """What is found 64 bytes at a time is found wherever in them it stands."""
+    for part in (
+        "'s",
+        "'re'll",
+        "\u3000\u3000a",
+        " \u3000",
+        "\n\n",
+        " \n a",
+        "12345",
+        "“a",
+        "e\u0301",
+        "''d",
+        "!\n/",
+        "aB",
+    ):
+        check("".join(f"{'x' * length}{part}" for length in range(70)), pattern)
+        check("".join(f"{'!' * length}{part}" for length in range(70)), pattern)
+        check("".join(f"{' ' * length}{part}" for length in range(70)), pattern)
 
 
 @each_pattern

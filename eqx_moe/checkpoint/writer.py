@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -26,9 +25,7 @@ from eqx_moe.checkpoint.replacing import Replacing
 from eqx_moe.checkpoint.shards import INDEX, SINGLE, WEIGHTS
 from eqx_moe.checkpoint.streaming import Unread
 from eqx_moe.errors import CheckpointError
-
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+from eqx_moe.sizes import parse_size
 
 
 def save_leaves(
@@ -107,7 +104,7 @@ def weight_files(
 
     `place` stands for where they go, in errors; the other arguments and the errors are those of `save_leaves`.
     """
-    limit = parse_size(max_shard_size)
+    limit = parse_size(max_shard_size, "max_shard_size")
     tensors = plan(names, leaves)
     odd = [path for path, leaf in leaves.items() if leaf.dtype not in FORMAT_NAMES]
     if odd:
@@ -130,20 +127,6 @@ def weight_files(
 def is_of_one_process(leaves: Mapping[str, Any]) -> bool:
     """Whether this process can read all leaves by itself."""
     return all(leaf.is_fully_addressable for leaf in leaves.values() if isinstance(leaf, jax.Array))
-
-
-def parse_size(size: int | str) -> int:
-    """Bytes of 5_000_000_000, "5GB" or "5GiB"."""
-    if isinstance(size, str):
-        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?i?B)", size.strip(), re.IGNORECASE)
-        number = float(found[1]) * _UNITS.get(found[2].upper(), math.nan) if found else math.nan
-    else:
-        number = size if type(size) is int else math.nan
-    if not number >= 1:
-        raise ValueError(
-            f'`max_shard_size` must be bytes, at least 1, or a text such as "5GB" or "2GiB"; got {size!r}.'
-        )
-    return int(number)
 
 
 def plan_shards(

@@ -38,7 +38,10 @@ def choose_symbols(
     `initial_alphabet` None is every byte, or no character. The order of symbols is that of `reference.train_slowly`.
     """
     shown = byte_characters()
-    seen = cells.survey(read_only(words.text), read_only(words.offsets), read_only(words.counts), characters)
+    lead = int(words.text.max(initial=0)) if characters else 0  # The byte that begins the longest characters.
+    size = 256 if lead < 0xC0 else 0x800 if lead < 0xE0 else 0x10000 if lead < 0xF0 else 0x110000
+    seen = np.zeros((4, size), np.int64)
+    cells.survey(read_only(words.text), read_only(words.offsets), read_only(words.counts), characters, seen)
     frequencies = {chr(i) if characters else shown[i]: int(seen[:, i].sum()) for i in np.flatnonzero(seen.any(0))}
     if initial_alphabet is None:
         initial_alphabet = () if characters else shown

@@ -39,11 +39,8 @@ def _character(text, at):
 
 @no_type_check
 @njit(nogil=True, cache=True)
-def survey(text, offsets, counts, characters):
-    """How often each byte, or character, occurs: int64 [4, 256 or more], a row as in `fill`."""
-    most = text.max() if characters and len(text) else 0
-    size = 256 if most < 0xC0 else 0x800 if most < 0xE0 else 0x10000 if most < 0xF0 else 0x110000
-    seen = np.zeros((4, size), np.int64)
+def survey(text, offsets, counts, characters, seen):
+    """Adds up how often each byte, or character, occurs: int64 [4, 256 or more], a row as in `fill`."""
     for word in range(len(counts)):
         start, stop = offsets[word], offsets[word + 1]
         at = start
@@ -51,7 +48,33 @@ def survey(text, offsets, counts, characters):
             code, width = _character(text, at) if characters else (np.int64(text[at]), 1)
             seen[2 * (at == start) + (at + width == stop), code] += counts[word]
             at += width
-    return seen
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def count_counts(counts, words_of):
+    """Adds up how many words have each count below `len(words_of)`; returns how many have a higher one."""
+    others = 0
+    for word in range(len(counts)):
+        if counts[word] < len(words_of):
+            words_of[counts[word]] += 1
+        else:
+            others += 1
+    return others
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def sort_by_count(counts, free, order, others):
+    """Puts words in order: `free` is where the next word of a count goes. Words of counts past it go into `others`."""
+    n = 0
+    for word in range(len(counts)):
+        if counts[word] < len(free):
+            order[free[counts[word]]] = word
+            free[counts[word]] += 1
+        else:
+            others[n] = word
+            n += 1
 
 
 @no_type_check

@@ -6,8 +6,8 @@ import numpy as np
 from numba import njit
 
 from eqx_moe.tokenizer import unicode_table
+from eqx_moe.tokenizer.flags import PADDING, classify
 from eqx_moe.tokenizer.machine import load64
-from eqx_moe.tokenizer.scanners import PADDING, classify
 
 _HIGH = np.uint64(0x8080808080808080)
 _BLOCK = 1 << 14

@@ -7,22 +7,32 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from tokenizers import Regex, normalizers, pre_tokenizers
 from tqdm import tqdm
 
+from eqx_moe.sizes import parse_size
 from eqx_moe.tokenizer.composed import is_composed
 from eqx_moe.tokenizer.counts import WordCounts
 from eqx_moe.tokenizer.cutting import cut_table
+from eqx_moe.tokenizer.flags import flag_table
+from eqx_moe.tokenizer.machine import announced
 from eqx_moe.tokenizer.scan_count import DONE, KERNELS, NOT_UTF8
-from eqx_moe.tokenizer.scanners import flag_table
 from eqx_moe.tokenizer.sources import Chunk, PathLike, file_chunks, files_size, joined, text_chunks
+from eqx_moe.tokenizer.spill import Spill
 from eqx_moe.tokenizer.word_table import WordTable, add_pieces
 
 #: Patterns that have a scanner; anything else is a regular expression.
 PATTERNS = tuple(KERNELS)
+
+#: How many bytes of text are handed to a thread at once.
+CHUNK = 1 << 21
+
+# What counting takes whatever the threads do (kernels), and what a thread needs at the very least.
+_FIXED = 24 << 20
+_LEAST = 4 << 20
 
 _NFC = normalizers.NFC()
 
@@ -33,6 +43,7 @@ def count_files(
     *,
     lines: bool = False,
     threads: int | None = None,
+    max_memory: int | str | None = None,
     progress: bool | Callable[[int, int | None], None] = True,
 ) -> WordCounts:
     """Count the words of files: plain text, or compressed if the name ends in `.gz` or `.zst`. All are UTF-8.
@@ -43,18 +54,23 @@ def count_files(
             two matches (`tokenizers`' `Split(Regex(pattern), "isolated")`; much slower, and on one core).
         lines: each line is a document of its own, its end included, as for `Tokenizer.train(files)` in `tokenizers`.
         threads: how many; None is one for each core that this process may use. The result does not depend on it.
+        max_memory: how many bytes (or "200MB") of memory counting may take, above what the program has taken before;
+            what is mapped from files does not count. Words for which there is no room wait in temporary files, and the
+            arrays of the result are mapped from such files too; they need about as much disk as the words of each run
+            have bytes, and 16 bytes a word. `tempfile.gettempdir()` says where: a folder in memory would be no help.
         progress: True shows a bar if stderr is a terminal. A function is called with the number of bytes that are done,
             and of all of them.
 
     Raises:
         DataError: for files that cannot be read (`DATA-FILE`, `DATA-ZSTD`), and for bytes that are not UTF-8
             (`DATA-UTF8`), with the file and the place.
+        ValueError: for a `max_memory` that does not suffice, with one that does.
     """
     paths = [os.fspath(path) for path in paths]
     counter = _counter(pattern, lines)
-    size = files_size(paths)
-    chunks = (chunk for path in paths for chunk in file_chunks(path, counter.table, lines))
-    return _count(chunks, counter, threads, progress, size)
+    size, plan = files_size(paths), _plan(threads, max_memory)
+    chunks = (chunk for path in paths for chunk in file_chunks(path, plan.chunk, counter.table, lines))
+    return _count(chunks, counter, plan, progress, size)
 
 
 def count_texts(
@@ -62,6 +78,7 @@ def count_texts(
     pattern: str,
     *,
     threads: int | None = None,
+    max_memory: int | str | None = None,
     progress: bool | Callable[[int, int | None], None] = True,
 ) -> WordCounts:
     """As `count_files`, for an iterable of texts (a list, a generator, a column of a dataset): each is one document.
@@ -71,75 +88,147 @@ def count_texts(
     """
     if isinstance(texts, str):
         raise ValueError("`texts` must be an iterable of texts; got one text. Put it into a list.")
-    return _count(text_chunks(texts), _counter(pattern, False), threads, progress, None)
+    plan = _plan(threads, max_memory)
+    return _count(text_chunks(texts, plan.chunk), _counter(pattern, False), plan, progress, None)
 
 
 class _Counter(NamedTuple):
     """How chunks are counted, and by which table they may be cut."""
 
-    count: Callable[[Chunk, WordTable], None]
+    count: Callable[[Chunk, WordTable, Callable[[WordTable, int], None]], None]
     table: np.ndarray | None
 
 
 def _counter(pattern: str, by_line: bool) -> _Counter:
     if pattern in KERNELS:
-        return _Counter(lambda chunk, words: _count_chunk(chunk, words, pattern, by_line), cut_table(pattern))
+        count = functools.partial(_count_chunk, pattern=pattern, by_line=by_line)
+        return _Counter(count, cut_table(pattern))
     if re.fullmatch(r"\w*", pattern):
         raise ValueError(f"`pattern` must be one of {', '.join(PATTERNS)}, or a regular expression; got {pattern!r}.")
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    return _Counter(lambda chunk, words: _count_matches(chunk, words, split, by_line), None)
+    return _Counter(functools.partial(_count_matches, split=split, by_line=by_line), None)
+
+
+class _Plan(NamedTuple):
+    """How many threads count, chunks of how many bytes, into tables of how many; and what `max_memory` was."""
+
+    threads: int
+    chunk: int
+    table: int | None
+    max_memory: int | None
+
+
+def _plan(threads: int | None, max_memory: int | str | None) -> _Plan:
+    if threads is None:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads < 1:
+        raise ValueError(f"`threads` must be at least 1; got {threads=}.")
+    if max_memory is None:
+        return _Plan(threads, CHUNK, None, None)
+    limit = parse_size(max_memory, "max_memory")
+    least = _FIXED + threads * _LEAST
+    if limit < least:
+        raise ValueError(f"`max_memory` must be at least {least:,} bytes for {threads} threads; got {max_memory!r}.")
+    # Half of what remains is for the tables. A chunk exists several times over: packed, unpacked, normalised, waiting.
+    share = (limit - _FIXED) // threads
+    return _Plan(threads, min(CHUNK, share // 32), share // 2, limit)
+
+
+class _Tables:
+    """The tables, never more than one for each thread: they are handed from chunk to chunk."""
+
+    def __init__(self, plan: _Plan):
+        self._plan = plan
+        self._free: list[WordTable] = []
+        self._lock = threading.Lock()
+        self._spill = None if plan.max_memory is None else Spill()
+
+    def __enter__(self) -> "_Tables":
+        return self
+
+    def __exit__(self, *_: object):
+        if self._spill is not None:
+            self._spill.close()
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[WordTable]:
+        """A table that nobody else has meanwhile."""
+        with self._lock:
+            words = self._free.pop() if self._free else WordTable(self._plan.table)
+        try:
+            yield words
+        finally:
+            with self._lock:
+                self._free.append(words)
+
+    def make_room(self, words: WordTable, length: int):
+        """Make room in a table for one more word, which has `length` bytes."""
+        if self._spill is None:
+            words.grow(length)
+        elif len(words):
+            self._spill.add(words)
+        else:
+            self.refuse("a word", length)
+
+    def check(self, chunk: Chunk):
+        """Refuse a chunk that is too long for `max_memory`."""
+        length = int(chunk.bounds[-1] - chunk.bounds[0])
+        if self._plan.max_memory is not None and length > 4 * self._plan.chunk:
+            self.refuse("a text, or a part of one that cannot be cut,", length)
+
+    def refuse(self, what: str, length: int) -> NoReturn:
+        needed = _FIXED + self._plan.threads * 16 * length
+        raise ValueError(
+            f"`max_memory` is too small for {what} of {length:,} bytes: got {self._plan.max_memory:,}; {needed:,} "
+            f"would do with {self._plan.threads} threads."
+        )
+
+    def total(self) -> WordCounts:
+        """The words of all tables, which are used up."""
+        tables = sorted(self._free, key=len) or [WordTable()]
+        self._free.clear()
+        if self._spill is not None:
+            while tables:
+                self._spill.add(tables.pop())
+            return self._spill.merged()
+        largest = tables.pop()
+        while tables:
+            largest.add_table(tables.pop())
+        return largest.written(largest.sorted_order())
 
 
 def _count(
     chunks: Iterator[Chunk],
     counter: _Counter,
-    threads: int | None,
+    plan: _Plan,
     progress: bool | Callable[[int, int | None], None],
     size: int | None,
 ) -> WordCounts:
-    if threads is None:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if threads < 1:
-        raise ValueError(f"`threads` must be at least 1; got {threads=}.")
-    # Tables are handed from chunk to chunk: never more than one for each thread.
-    free: list[WordTable] = []
-    lock = threading.Lock()
-
     def work(chunk: Chunk) -> int:
-        with lock:
-            words = free.pop() if free else WordTable()
-        try:
-            counter.count(chunk, words)
-        finally:
-            with lock:
-                free.append(words)
+        tables.check(chunk)
+        with tables.one() as words:
+            counter.count(chunk, words, tables.make_room)
+        chunk.release()
         return chunk.size
 
     done = 0
-    with _shown(progress, size) as show, concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        waiting: list[concurrent.futures.Future[int]] = []
-        try:
-            for chunk in chunks:
-                waiting.append(pool.submit(work, chunk))
-                # In order, so that the first of several errors is always the same one.
-                while len(waiting) > 2 * threads or (waiting and waiting[0].done()):
+    with announced(), _Tables(plan) as tables, _shown(progress, size) as show:
+        with concurrent.futures.ThreadPoolExecutor(plan.threads) as pool:
+            waiting: list[concurrent.futures.Future[int]] = []
+            try:
+                for chunk in chunks:
+                    waiting.append(pool.submit(work, chunk))
+                    # In order, so that the first of several errors is always the same one.
+                    while len(waiting) > plan.threads + 1 or (waiting and waiting[0].done()):
+                        done += waiting.pop(0).result()
+                        show(done)
+                while waiting:
                     done += waiting.pop(0).result()
                     show(done)
-            while waiting:
-                done += waiting.pop(0).result()
-                show(done)
-        finally:
-            for future in waiting:
-                future.cancel()
-    return _joined(free)
-
-
-def _joined(tables: list[WordTable]) -> WordCounts:
-    tables = sorted(tables, key=len) or [WordTable()]
-    largest = tables.pop()
-    while tables:
-        largest.add_table(tables.pop())
-    return largest.sorted_counts()
+            finally:
+                for future in waiting:
+                    future.cancel()
+        return tables.total()
 
 
 @contextlib.contextmanager
@@ -157,7 +246,9 @@ def _shown(progress: bool | Callable[[int, int | None], None], size: int | None)
         yield show
 
 
-def _count_chunk(chunk: Chunk, words: WordTable, pattern: str, by_line: bool):
+def _count_chunk(
+    chunk: Chunk, words: WordTable, make_room: Callable[[WordTable, int], None], pattern: str, by_line: bool
+):
     """Count a chunk with one of the scanners."""
     text, bounds, as_it_stands = chunk.text, chunk.bounds, True
     if pattern == "metaspace" or (pattern == "qwen2" and not is_composed(text, bounds)):
@@ -169,16 +260,22 @@ def _count_chunk(chunk: Chunk, words: WordTable, pattern: str, by_line: bool):
         as_it_stands = False
     kernel, table, begin = KERNELS[pattern], flag_table(pattern), int(bounds[0])
     while True:
-        why, begin = kernel(text, bounds, by_line, begin, table, *words.arrays)
+        why, begin, wanted = kernel(text, bounds, by_line, begin, table, *words.arrays)
         if why == DONE:
             return
         if why == NOT_UTF8:
             assert as_it_stands, "a normaliser wrote bytes that are not UTF-8"
-            chunk.refuse(begin)
-        words.grow(len(text))
+            chunk.refuse(int(begin))
+        make_room(words, wanted)
 
 
-def _count_matches(chunk: Chunk, words: WordTable, split: pre_tokenizers.PreTokenizer, by_line: bool):
+def _count_matches(
+    chunk: Chunk,
+    words: WordTable,
+    make_room: Callable[[WordTable, int], None],
+    split: pre_tokenizers.PreTokenizer,
+    by_line: bool,
+):
     """Count a chunk with a regular expression."""
     for document in _documents(chunk):
         for text in re.findall(r"[^\n]*\n|[^\n]+", document) if by_line else [document]:
@@ -188,7 +285,7 @@ def _count_matches(chunk: Chunk, words: WordTable, split: pre_tokenizers.PreToke
             while (counted := add_pieces(data, begin, ends, len(ends), *words.arrays)) < len(ends):
                 begin = int(ends[counted - 1]) if counted else begin
                 ends = ends[counted:]
-                words.grow(len(data))
+                make_room(words, int(ends[0] - begin))
 
 
 def _documents(chunk: Chunk) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """Words and how often each occurs: what counting hands to merging."""
 
+import os
+import tempfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,3 +29,11 @@ def read_only(array: np.ndarray) -> np.ndarray:
     view = array.view()
     view.flags.writeable = False
     return view
+
+
+def large_array(length: int, dtype: type, folder: str | os.PathLike[str] | None) -> np.ndarray:
+    """An array in memory, or with a `folder` in a mapped file there, which has no name and goes with the array."""
+    if folder is None or length == 0:
+        return np.empty(length, dtype)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.memmap(file, dtype, "w+", shape=length).view(np.ndarray)

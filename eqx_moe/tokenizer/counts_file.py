@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 
 from eqx_moe.errors import DataError, quote
-from eqx_moe.tokenizer.counts import WordCounts, read_only
+from eqx_moe.tokenizer.counts import WordCounts, large_array, read_only
 
 MAGIC = b"EQXCOUNT"
 VERSION = 1
@@ -242,21 +242,14 @@ def _cut(counted: Counted) -> str:
 
 
 def _add_two(one: WordCounts, two: WordCounts, folder: PathLike | None) -> WordCounts:
-    text = _array(len(one.text) + len(two.text), np.uint8, folder)
-    offsets = _array(len(one) + len(two) + 1, np.int64, folder)
-    counts = _array(len(one) + len(two), np.int64, folder)
+    text = large_array(len(one.text) + len(two.text), np.uint8, folder)
+    offsets = large_array(len(one) + len(two) + 1, np.int64, folder)
+    counts = large_array(len(one) + len(two), np.int64, folder)
     words = _merge_sorted(
         read_only(one.text), read_only(one.offsets), read_only(one.counts),
         read_only(two.text), read_only(two.offsets), read_only(two.counts), text, offsets, counts,
     )  # fmt: skip
     return WordCounts(text[: offsets[words]], offsets[: words + 1], counts[:words])
-
-
-def _array(length: int, dtype: type, folder: PathLike | None) -> np.ndarray:
-    if folder is None or length == 0:
-        return np.empty(length, dtype)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        return np.memmap(file, dtype, "w+", shape=length).view(np.ndarray)
 
 
 @no_type_check

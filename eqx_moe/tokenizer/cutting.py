@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 
 from eqx_moe.tokenizer import unicode_table
-from eqx_moe.tokenizer.scanners import CJK, LOWER, SPACE, UPPER, WORD, flag_table, width
+from eqx_moe.tokenizer.flags import CJK, LOWER, SPACE, UPPER, WORD, flag_table, width
 
 
 @functools.cache

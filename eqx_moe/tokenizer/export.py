@@ -69,6 +69,7 @@ def save_tokenizer(
     The named tokens must be in the vocabulary.
     """
     out = pathlib.Path(out)
+    check_out(out, bos_token, eos_token, pad_token, unk_token, chat_template)
     named: dict[str, Any] = {
         "bos_token": bos_token,
         "eos_token": eos_token,
@@ -78,14 +79,8 @@ def save_tokenizer(
     named = {name: token for name, token in named.items() if token is not None}
     for name, token in named.items():
         if tokenizer.token_to_id(token) is None:
-            raise ValueError(
-                f"`{name}` must be a token of the vocabulary; got {token!r}. Add it to the special tokens."
-            )
+            raise ValueError(f"`{name}` must be a token of the vocabulary; got {token!r}. Make it a special token.")
     if out.suffix == ".json":
-        if named or chat_template is not None:
-            raise ValueError(
-                f"named tokens and chat templates stand beside tokenizer.json: `out` must be a folder; got {out}."
-            )
         _write(out, tokenizer.to_str(pretty=True))
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -94,6 +89,12 @@ def save_tokenizer(
     _write(out / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     if chat_template is not None:
         _write(out / "chat_template.jinja", chat_template)
+
+
+def check_out(out: pathlib.Path, *beside: str | None) -> None:
+    """Refuses one file for what is more than tokenizer.json."""
+    if out.suffix == ".json" and any(text is not None for text in beside):
+        raise ValueError(f"`out` must be a folder to hold named tokens or a chat template; got {out}.")
 
 
 def _write(path: pathlib.Path, text: str) -> None:

@@ -4,12 +4,50 @@ Numba has no unaligned load, no count of trailing zeros and no prefetch; LLVM ha
 machine that Numba runs on.
 """
 
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator
 from typing import no_type_check
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, event
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
+
+_log = logging.getLogger("eqx_moe")
+
+# Most of Numba (and with it SciPy) is imported only when the first kernel is called, a quarter of a second. Imports are
+# what a program expects to wait for when it imports.
+cpu_target.typing_context.refresh()  # pyright: ignore[reportAttributeAccessIssue]
+cpu_target.target_context.refresh()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@functools.cache
+def _say_that_it_compiles():
+    _log.warning("compiling the tokenizer's kernels for this machine: once, about ten seconds; then they are kept")
+
+
+class _Announcer(event.Listener):
+    """Says so when Numba compiles, which it does not if it finds a kernel in its cache."""
+
+    def on_start(self, event):
+        _say_that_it_compiles()
+
+    def on_end(self, event):
+        pass
+
+
+@contextlib.contextmanager
+def announced() -> Iterator[None]:
+    """Kernels that are compiled meanwhile are announced in the log, once in a process."""
+    announcer = _Announcer()
+    event.register("numba:compile", announcer)
+    try:
+        yield
+    finally:
+        event.unregister("numba:compile", announcer)
 
 
 def _address(context, builder, array_type, array, index):
@@ -45,6 +83,21 @@ def store64(typing_context, array, index, value):
 
 @no_type_check
 @intrinsic
+def copy(typing_context, source, start, target, place, length):
+    """`target[place : place + length] = source[start : start + length]` for arrays of bytes, without Numba's checks."""
+
+    def codegen(context, builder, signature, arguments):
+        source, start, target, place, length = arguments
+        here = _address(context, builder, signature.args[0], source, start)
+        there = _address(context, builder, signature.args[2], target, place)
+        cgutils.raw_memcpy(builder, there, here, length, 1)
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, target, types.int64, types.int64), codegen
+
+
+@no_type_check
+@intrinsic
 def trailing_zeros(typing_context, value):
     """How many low bits of a uint64 are zero, int64; the value is not 0."""
 
@@ -52,6 +105,28 @@ def trailing_zeros(typing_context, value):
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
 
     return types.int64(types.uint64), codegen
+
+
+@no_type_check
+@intrinsic
+def matches64(typing_context, array, index, mask, value):
+    """Which of the 64 bytes from `array[index]` on are `value` under `mask`: bit k of a uint64 for byte k."""
+
+    def codegen(context, builder, signature, arguments):
+        byte, vector, index = ir.IntType(8), ir.VectorType(ir.IntType(8), 64), ir.IntType(32)
+        nothing, first = ir.Constant(vector, ir.Undefined), ir.Constant(index, 0)
+        everywhere = ir.Constant(ir.VectorType(index, 64), [0] * 64)
+
+        def spread(number):
+            one = builder.insert_element(nothing, builder.trunc(number, byte), first)
+            return builder.shuffle_vector(one, nothing, everywhere)
+
+        place = _address(context, builder, signature.args[0], *arguments[:2])
+        loaded = builder.load(builder.bitcast(place, vector.as_pointer()), align=1)
+        found = builder.icmp_unsigned("==", builder.and_(loaded, spread(arguments[2])), spread(arguments[3]))
+        return builder.bitcast(found, ir.IntType(64))
+
+    return types.uint64(array, types.int64, types.int64, types.int64), codegen
 
 
 @no_type_check

@@ -1,5 +1,6 @@
 """The merge phase: from counted words to merges, exactly as `reference.train_slowly` makes them."""
 
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,21 +10,25 @@ import numpy as np
 
 from eqx_moe.tokenizer import cells, pairs
 from eqx_moe.tokenizer.alphabet import Symbols
-from eqx_moe.tokenizer.counts import WordCounts, read_only
+from eqx_moe.tokenizer.counts import WordCounts, large_array, read_only
 
 _BASE = 0x100000001B3  # Of the polynomial hash of a token's text.
 _WORD = 2**64
 _BUCKETS = 20  # log2 of how many sums weigh pairs before they are counted.
 _DEPTH = 16  # What `floor` is divided by when no pair reaches it.
+_FEW = 2**32  # Cells whose positions 32 bits hold.
 _PAUSE = 1 << 21  # Occurrences between two calls of `progress`: some tenths of a second.
 
 
 @dataclass(frozen=True)
 class Merges:
-    """What training gives: all tokens by id, and the merges, int32 [merges, 3]: left, right, result."""
+    """What training gives: all tokens by id, of which `base` were there before anything was merged; the merges, int32
+    [merges, 3]: left, right, result; and by how many symbols each of them shortens the texts, int64 [merges]."""
 
     tokens: list[str]
+    base: int
     steps: np.ndarray
+    saved: np.ndarray
 
 
 def merge_words(
@@ -35,17 +40,50 @@ def merge_words(
     max_token_length: int | None = None,
     continuing_subword_prefix: str = "",
     threads: int = 1,
+    max_memory: int | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Merges:
     """Merges pairs until there are `vocab_size` tokens, or no pair occurs max(1, min_frequency) times.
 
-    `progress` is called with the number of tokens so far, several times a second.
+    `progress` is called with the number of tokens so far, several times a second. `max_memory`, in bytes, bounds what
+    is taken besides `words`: where it does not suffice, words and places lie in mapped files without names, in the
+    folder for temporary files. A bound that is too low for anything is refused.
     """
     if len(symbols.tokens) >= vocab_size:
-        return Merges(list(symbols.tokens), np.zeros((0, 3), np.int32))
+        return Merges(list(symbols.tokens), len(symbols.tokens), np.zeros((0, 3), np.int32), np.zeros(0, np.int64))
+    check_memory(max_memory, vocab_size, threads)
+    spilled = max_memory is not None and max_memory < memory_needed(words, vocab_size, threads)
+    folder = tempfile.gettempdir() if spilled else None
     with ThreadPoolExecutor(threads) as pool:
-        merger = _Merger(words, symbols, vocab_size, max_token_length, continuing_subword_prefix, threads, pool)
+        merger = _Merger(words, symbols, vocab_size, max_token_length, continuing_subword_prefix, threads, pool, folder)
         return merger.run(max(1, min_frequency), progress)
+
+
+def check_memory(max_memory: int | None, vocab_size: int, threads: int) -> None:
+    """Refuses a bound of memory that is too low whatever the words are."""
+    least = least_memory(vocab_size, threads)
+    if max_memory is not None and max_memory < least:
+        raise ValueError(
+            f"`max_memory` must be at least {least:,} bytes for {threads} threads and {vocab_size:,} tokens; "
+            f"got {max_memory:,}."
+        )
+
+
+def least_memory(vocab_size: int, threads: int) -> int:
+    """About how many bytes cannot lie in files."""
+    # Sums by hash; records with their hash tables, of each thread and together; the vocabulary; the tokenizer.
+    records = threads * max(1 << 16, 4 * vocab_size)
+    return (threads + 1) * 8 * 2**_BUCKETS + 184 * records + 400 * vocab_size + (64 << 20)
+
+
+def memory_needed(words: WordCounts, vocab_size: int, threads: int) -> int:
+    """About how many bytes merging takes."""
+    symbols = len(words.text) + len(words)
+    return least_memory(vocab_size, threads) + 8 * len(words) + (_cell_type(vocab_size)().itemsize + 8) * symbols
+
+
+def _cell_type(vocab_size: int) -> type:
+    return np.uint16 if vocab_size < 0xFFFE else np.uint32
 
 
 class _Merger:
@@ -60,10 +98,13 @@ class _Merger:
         prefix: str,
         threads: int,
         pool: ThreadPoolExecutor,
+        folder: str | None,
     ):
-        self.threads, self.pool = threads, pool
+        self.threads, self.pool, self.folder = threads, pool, folder
+        self.cell_type = _cell_type(vocab_size)
         self.limit, self.prefix = vocab_size, prefix
         self.tokens = list(symbols.tokens)
+        self.base = len(self.tokens)
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         self.max_length = np.iinfo(np.int32).max if max_token_length is None else max_token_length
         # One symbol more than the vocabulary: see `_answer`.
@@ -80,6 +121,7 @@ class _Merger:
             pairs.add_hash(self.known_hash, np.uint64(digest))
         self.alias = np.array([-1, -1])
         self.merges = np.zeros((vocab_size, 3), np.int32)
+        self.saved = np.zeros(vocab_size, np.int64)
         self.read = 0  # Merges whose texts are in `tokens`.
         self.state = np.zeros(pairs.STATE, np.int64)
         self.state[pairs.VOCAB] = len(self.tokens)
@@ -91,14 +133,20 @@ class _Merger:
         self.unused = set(range(len(self.tokens))) - set(np.unique(symbols.ids).tolist())  # No word holds these.
 
     def _fill(self, words: WordCounts, symbols: Symbols) -> None:
-        order = np.argsort(-words.counts, kind="stable")
-        classes = 1 + np.count_nonzero(np.diff(words.counts[order]))
+        counts = read_only(words.counts)
+        # The most frequent first; of equally frequent ones in bytewise order, so that similar ones lie close together.
+        words_of = np.zeros(1 << 16, np.int64)
+        frequent = np.empty(cells.count_counts(counts, words_of), np.int64)
+        order = large_array(len(counts), np.int64, self.folder)
+        cells.sort_by_count(counts, len(frequent) + words_of[::-1].cumsum()[::-1] - words_of, order, frequent)
+        order[: len(frequent)] = frequent[np.argsort(-counts[frequent], kind="stable")]
+        classes = np.count_nonzero(words_of) + len(np.unique(counts[frequent]))
         self.class_start = np.zeros(classes, np.int64)
         self.class_count = np.zeros(classes, np.int64)
         room = len(words.text) + len(words) + 1
-        self.cells = np.empty(room, np.uint16 if self.limit < 0xFFFE else np.uint32)
+        self.cells = large_array(room, self.cell_type, self.folder)
         self.size, classes = cells.fill(
-            read_only(words.text), read_only(words.offsets), read_only(words.counts), order, symbols.characters,
+            read_only(words.text), read_only(words.offsets), counts, order, symbols.characters,
             symbols.ids, self.cells, self.class_start, self.class_count,
         )  # fmt: skip
         self.class_start, self.class_count = self.class_start[:classes], self.class_count[:classes]
@@ -109,24 +157,24 @@ class _Merger:
         floor = max(least, self.total_count // (32 * self.limit))
         while True:
             self._scan(floor)
-            full = False
-            while len(self.records) and not full:
+            reason = pairs.RESCAN
+            while len(self.records):
                 reason = self._merge(_PAUSE)
                 progress(int(self.state[pairs.VOCAB]))
-                full = reason == pairs.FULL
                 if reason == pairs.GROW:
                     self.records.grow()
-                if reason == pairs.RESCAN or (reason == pairs.ASK and self._answer()):
+                elif reason in (pairs.FULL, pairs.RESCAN) or (reason == pairs.ASK and self._answer()):
                     break
-            if full or (self.records.state[pairs.HEAP] == 0 and floor == least):
+            exhausted = reason == pairs.RESCAN and self.records.state[pairs.HEAP] == 0
+            if reason == pairs.FULL or (exhausted and floor == least):
                 return self._result()
-            if self.records.state[pairs.HEAP] == 0:
+            if exhausted:
                 floor = max(least, floor // _DEPTH)
 
     def _scan(self, floor: int) -> None:
         """Compacts the cells, and records the pairs that occur `floor` times or more."""
         self.state[pairs.FLOOR] = floor
-        bits = min(_BUCKETS, self.size.bit_length())
+        bits = min(_BUCKETS, max(8, self.size.bit_length() - 3))
         buckets, shift = self._compact(bits), 64 - bits
         starts = np.linspace(0, self.size - 1, self.threads + 1).astype(np.int64).tolist()
         parts = [_Records(min(max(1 << 16, 4 * self.limit), stop - start + 64)) for start, stop in pairwise(starts)]
@@ -154,8 +202,8 @@ class _Merger:
             every.places, every.state,
         )  # fmt: skip
         most = int(every.places[: len(every)].max(initial=0))
-        self.arena = np.empty(2 * used + 2 * most, np.uint32 if self.size < 2**32 else np.int64)
-        self.before, self.after = np.empty(most, self.cells.dtype), np.empty(most, self.cells.dtype)
+        self.arena = large_array(2 * used + 2 * most, np.uint32 if self.size < _FEW else np.int64, self.folder)
+        self.before, self.after = (large_array(most, self.cell_type, self.folder) for _ in range(2))
         free = every.start[: len(every)].copy()
         for part in parts:
             pairs.share_arena(
@@ -208,7 +256,7 @@ class _Merger:
             every.table_key, every.table_record, every.shift, every.key, every.count, every.start, every.places,
             every.heap_count, every.heap_record, self.arena, self.seen, self.sums, self.before, self.after,
             self.text_hash, self.text_power, self.known_hash, bool(self.prefix), self.limit, self.merges,
-            self.state, every.state, pause,
+            self.saved, self.state, every.state, pause,
         )  # fmt: skip
 
     def _answer(self) -> bool:
@@ -220,7 +268,9 @@ class _Merger:
         if known is None:
             self.state[pairs.ANSWER] = self.state[pairs.VOCAB]
             return False
-        self.merges = np.concatenate([self.merges, np.zeros((1, 3), np.int32)])  # The vocabulary does not grow.
+        # The vocabulary does not grow.
+        self.merges = np.concatenate([self.merges, np.zeros((1, 3), np.int32)])
+        self.saved = np.concatenate([self.saved, np.zeros(1, np.int64)])
         if known in self.unused:
             self.unused.remove(known)
             self.state[pairs.ANSWER] = known
@@ -248,7 +298,8 @@ class _Merger:
 
     def _result(self) -> Merges:
         self._read_merges()
-        return Merges(self.tokens, self.merges[: self.state[pairs.MERGES]].copy())
+        done = self.state[pairs.MERGES]
+        return Merges(self.tokens, self.base, self.merges[:done].copy(), self.saved[:done].copy())
 
 
 class _Records:

@@ -55,6 +55,20 @@ def _insert(table_key, table_record, shift, key, record):
     table_record[slot] = record
 
 
+@no_type_check
+@njit(nogil=True, cache=True)
+def _class_of(class_start, at):
+    """The class of counts that a cell belongs to."""
+    low, high = 0, len(class_start)
+    while low < high:
+        middle = (low + high) >> 1
+        if class_start[middle] <= at:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
 # --- Records ---------------------------------------------------------------------------------------------------------
 
 
@@ -66,7 +80,7 @@ def count_pairs(
 ):  # fmt: skip
     """Counts pairs whose bucket reaches the floor, from cell `lo` on. Returns `hi`, or where there was no more room."""
     separator = np.int64(cells.dtype.type(-1))
-    k = np.searchsorted(class_start, lo, side="right") - 1
+    k = _class_of(class_start, lo)
     records = state[RECORDS]
     room = min(len(key), len(table_key) // 2)
     for i in range(lo, hi):
@@ -250,22 +264,10 @@ def add_hash(known, digest):
 
 @no_type_check
 @njit(nogil=True, cache=True)
-def _weigh(seen, sums, side, neighbour, weight, n):
-    """Adds an occurrence to a neighbour's sums; `seen` lists the neighbours that have any. Returns how many have."""
-    if sums[side, neighbour, NUMBER] == 0:
-        seen[side, n] = neighbour
-        n += 1
-    sums[side, neighbour, NUMBER] += 1
-    sums[side, neighbour, TOTAL] += weight
-    return n
-
-
-@no_type_check
-@njit(nogil=True, cache=True)
 def merge_until(
     cells, span, length, max_length, class_start, class_count, table_key, table_record, shift, key, count, start,
     places, heap_count, heap_record, arena, seen, sums, before, after, text_hash, text_power,
-    known_hash, ask, limit, merges, state, found, pause,
+    known_hash, ask, limit, merges, saved, state, found, pause,
 ):  # fmt: skip
     """Merges the best pair, again and again, and says why it stopped:
 
@@ -336,8 +338,8 @@ def merge_until(
         width = width_a + width_b
         lefts, rights = 0, 0
         kept = first
-        k = 0
-        k_end = np.int64(0)
+        all_weight = np.int64(0)
+        k_end = np.int64(0)  # Where the class of the words that are looked at ends.
         weight = np.int64(0)
         for i in range(first, first + n):
             if i + _AHEAD < first + n:
@@ -346,16 +348,9 @@ def merge_until(
             if cells[at] != a or cells[at + width_a] != b:
                 continue
             if at >= k_end:
-                low, high = k, len(class_start)
-                while low < high:
-                    middle = (low + high) >> 1
-                    if class_start[middle] <= at:
-                        low = middle + 1
-                    else:
-                        high = middle
-                k = low
-                k_end = class_start[k] if k < len(class_start) else np.int64(len(cells))
-                weight = class_count[k - 1]
+                k = _class_of(class_start, at)
+                k_end = class_start[k + 1] if k + 1 < len(class_start) else np.int64(len(cells))
+                weight = class_count[k]
             end = at + width
             x, y = np.int64(cells[at - 1]), np.int64(cells[end])
             cells[at + width_a - 1] = hole
@@ -365,14 +360,24 @@ def merge_until(
             if y == a and cells[end + width_a] == b:
                 y = separator  # It is merged next, and sees this one as its left neighbour.
             if x != separator:
-                lefts = _weigh(seen, sums, 0, x, weight, lefts)
+                if sums[0, x, NUMBER] == 0:
+                    seen[0, lefts] = x
+                    lefts += 1
+                sums[0, x, NUMBER] += 1
+                sums[0, x, TOTAL] += weight
             if y != separator:
-                rights = _weigh(seen, sums, 1, y, weight, rights)
+                if sums[1, y, NUMBER] == 0:
+                    seen[1, rights] = y
+                    rights += 1
+                sums[1, y, NUMBER] += 1
+                sums[1, y, TOTAL] += weight
+            all_weight += weight
             arena[kept] = at
             before[kept - first] = x
             after[kept - first] = y
             kept += 1
         count[record] = 0
+        saved[merged] = all_weight
 
         # Pairs with the parts become rarer, pairs with c come into being.
         used, records = found[USED], found[RECORDS]

@@ -69,11 +69,12 @@ def train_slowly(
             texts.append(text)
             lengths.append(0)
         lengths[new] = lengths[left] + lengths[right]
-        rows = [(_merge(symbols, best, new), count) for symbols, count in rows]
+        rows = [(merge_symbols(symbols, best, new), count) for symbols, count in rows]
     return ids, merges
 
 
-def _merge(symbols: list[int], pair: Pair, new: int) -> list[int]:
+def merge_symbols(symbols: list[int], pair: Pair, new: int) -> list[int]:
+    """Symbols in which each occurrence of a pair, from left to right, has become another symbol."""
     merged, i = [], 0
     while i < len(symbols):
         hit = tuple(symbols[i : i + 2]) == pair

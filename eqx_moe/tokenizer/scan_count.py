@@ -7,7 +7,8 @@ from numba import njit
 
 from eqx_moe.tokenizer import scanners
 from eqx_moe.tokenizer.cutting import last_cut
-from eqx_moe.tokenizer.scanners import PADDING, classify
+from eqx_moe.tokenizer.flags import PADDING, classify
+from eqx_moe.tokenizer.machine import copy
 from eqx_moe.tokenizer.word_table import add_pieces
 
 #: How many bytes are looked at together, if the text can be cut so, and how many words: what near caches hold.
@@ -26,8 +27,8 @@ def _count(split, text, bounds, by_line, begin, table, slots, records, arena, st
     `by_line`: each line is a document of its own, its end included.
 
     Returns:
-        Why it came back, and where: everything before is counted. With NOT_UTF8, where the first byte stands that
-        begins no character (what is before it may be counted or not).
+        Why it came back; where: everything before is counted; and with NO_ROOM the length of the word there. With
+        NOT_UTF8, the place of the first byte that begins no character (what is before may be counted or not).
     """
     flags = np.zeros(2 * _BLOCK + PADDING, np.uint8)
     ends = np.empty(_PIECES, np.int64)
@@ -44,11 +45,11 @@ def _count(split, text, bounds, by_line, begin, table, slots, records, arena, st
                             reach -= 1
                 if reach + PADDING > len(flags):
                     larger = np.zeros(2 * reach + PADDING, np.uint8)
-                    larger[:known] = flags[:known]
+                    copy(flags, 0, larger, 0, known)
                     flags = larger
                 wrong = classify(block, known, reach, table, flags)
                 if wrong >= 0:
-                    return NOT_UTF8, begin + wrong
+                    return NOT_UTF8, begin + wrong, 0
                 stop = reach if reach == len(block) else last_cut(block, flags, 0, reach)
                 known = reach
             here = 0
@@ -63,10 +64,11 @@ def _count(split, text, bounds, by_line, begin, table, slots, records, arena, st
                     number = split(block, flags, here, line_end, ends)
                     counted = add_pieces(block, here, ends, number, slots, records, arena, state)
                     if counted < number:
-                        return NO_ROOM, begin + (ends[counted - 1] if counted else here)
+                        here = ends[counted - 1] if counted else here
+                        return NO_ROOM, begin + here, ends[counted] - here
                     here = ends[number - 1]
             begin += stop
-    return DONE, begin
+    return DONE, begin, 0
 
 
 @no_type_check

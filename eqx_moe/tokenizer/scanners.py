@@ -6,128 +6,33 @@ order; the expressions stand beside them. `tests/test_tokenizer_scanners.py` com
 `tokenizers`, which is the oracle.
 """
 
-import functools
 from typing import no_type_check
 
 import numpy as np
 from numba import njit
 
-from eqx_moe.tokenizer import unicode_table
-from eqx_moe.tokenizer.machine import load64, trailing_zeros
-
-#: Flags of a character. What a flag means exactly depends on the pattern: see `flag_table`.
-WORD, NUMBER, SPACE, NEWLINE, MARKS, UPPER, LOWER, CJK = (1 << bit for bit in range(8))
-CJK_WORD, CJK_MARKS = UPPER, LOWER
-
-#: How many bytes after its end an array of flags must have, all of them zero.
-PADDING = 16
+from eqx_moe.tokenizer.flags import (
+    CJK,
+    CJK_MARKS,
+    CJK_WORD,
+    LOWER,
+    MARKS,
+    NEWLINE,
+    NUMBER,
+    PADDING,
+    SPACE,
+    UPPER,
+    WORD,
+    classify,
+    flag_table,
+    width,
+)
+from eqx_moe.tokenizer.machine import load64, matches64, trailing_zeros
 
 _ONES = np.uint64(0x0101010101010101)
-_HIGH = np.uint64(0x8080808080808080)
+_ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
+_ONE = np.uint64(1)
 _APOSTROPHE = 39
-
-
-@functools.cache
-def flag_table(pattern: str) -> np.ndarray:
-    """The flags of each code point: uint8 [CODE_POINTS].
-
-    | flag | `gpt2 llama3 qwen2 o200k` | `deepseek_v3` |
-    | --- | --- | --- |
-    | WORD | `\\p{L}` | `[\\p{L}\\p{M}]` outside of CJK |
-    | NUMBER | `\\p{N}` | `\\p{N}` |
-    | SPACE | `\\s`, newlines included | the same |
-    | NEWLINE | `[\\r\\n]` | the same |
-    | MARKS | `[^\\s\\p{L}\\p{N}]` | `[\\p{P}\\p{S}]` outside of CJK |
-    | UPPER, LOWER | `[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]`, `[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]` (`o200k` only) | - |
-    | CJK | - | `[一-龥぀-ゟ゠-ヿ]`, with none of the flags above |
-    | CJK_WORD, CJK_MARKS | - | what would have been WORD or MARKS, in CJK |
-
-    For `metaspace`, U+2581 is SPACE and all else is WORD.
-    """
-    if pattern == "metaspace":
-        flags = np.full(unicode_table.CODE_POINTS, WORD, np.uint8)
-        flags[0x2581] = SPACE
-        flags.flags.writeable = False
-        return flags
-    table = unicode_table
-    of_class = np.zeros(10, np.uint8)
-    of_class[table.WHITESPACE] = SPACE
-    of_class[table.NEWLINE] = SPACE | NEWLINE
-    of_class[[table.UPPER, table.LOWER, table.LETTER]] = WORD
-    of_class[table.NUMBER] = NUMBER
-    of_class[[table.PUNCTUATION, table.SYMBOL]] = MARKS
-    if pattern == "deepseek_v3":
-        of_class[table.MARK] = WORD
-    else:
-        of_class[[table.OTHER, table.MARK]] = MARKS
-    if pattern == "o200k":
-        of_class[[table.UPPER, table.LETTER, table.MARK]] |= UPPER
-        of_class[[table.LOWER, table.LETTER, table.MARK]] |= LOWER
-    flags = of_class[table.classes()]
-    if pattern == "deepseek_v3":
-        for part in (slice(ord("一"), ord("龥") + 1), slice(0x3040, 0x3100)):
-            flags[part] = CJK | np.where(flags[part] & WORD, CJK_WORD, 0) | np.where(flags[part] & MARKS, CJK_MARKS, 0)
-    flags.flags.writeable = False
-    return flags
-
-
-@no_type_check
-@njit(nogil=True, cache=True)
-def classify(text, start, end, table, flags):
-    """Give each byte of `text[start:end]` its character's flags, in `flags[start:end]`.
-
-    Returns:
-        The first place that begins no character (in a sense of Unicode's table 3-7, well-formed UTF-8), or -1.
-    """
-    i = start
-    while i < end:
-        if i + 8 <= end and load64(text, i) & _HIGH == 0:
-            for k in range(8):
-                flags[i + k] = table[text[i + k]]
-            i += 8
-            continue
-        lead = np.int64(text[i])
-        if lead < 0x80:
-            flags[i] = table[lead]
-            i += 1
-        elif lead < 0xE0:
-            if lead < 0xC2 or i + 2 > end or text[i + 1] & 0xC0 != 0x80:
-                return i
-            value = table[(lead & 0x1F) << 6 | (text[i + 1] & 0x3F)]
-            flags[i] = value
-            flags[i + 1] = value
-            i += 2
-        elif lead < 0xF0:
-            if i + 3 > end or text[i + 1] & 0xC0 != 0x80 or text[i + 2] & 0xC0 != 0x80:
-                return i
-            point = (lead & 0xF) << 12 | np.int64(text[i + 1] & 0x3F) << 6 | (text[i + 2] & 0x3F)
-            if point < 0x800 or 0xD800 <= point < 0xE000:
-                return i
-            value = table[point]
-            flags[i] = value
-            flags[i + 1] = value
-            flags[i + 2] = value
-            i += 3
-        else:
-            if i + 4 > end or text[i + 1] & 0xC0 != 0x80 or text[i + 2] & 0xC0 != 0x80 or text[i + 3] & 0xC0 != 0x80:
-                return i
-            point = (lead & 0xF) << 18 | np.int64(text[i + 1] & 0x3F) << 12 | np.int64(text[i + 2] & 0x3F) << 6
-            point |= text[i + 3] & 0x3F
-            if lead > 0xF4 or point < 0x10000 or point > 0x10FFFF:
-                return i
-            value = table[point]
-            for k in range(4):
-                flags[i + k] = value
-            i += 4
-    return -1
-
-
-@no_type_check
-@njit(nogil=True, cache=True)
-def width(text, i):
-    """How many bytes the character at `text[i]` has."""
-    lead = text[i]
-    return 1 if lead < 0x80 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
 
 
 @no_type_check
@@ -380,13 +285,125 @@ def next_metaspace(text, flags, i, end):
 
 @no_type_check
 @njit(nogil=True, cache=True)
+def firsts(last, followers):
+    """Bits of the last bytes of characters, moved to their first bytes."""
+    while last & followers:
+        wide = last & followers
+        last = last & ~wide | wide >> _ONE
+    return last
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def starts_gpt2(text, flags, i, end):
+    """Where pieces begin, or the text ends, among the 63 bytes after `i`, where one begins: bit k for `text[i + k]`.
+
+    It is what `next_gpt2` says, for 64 bytes at once, all of which must be in `text`. As a piece begins at `i`, nothing
+    has to be known of what stands before.
+    """
+    left = min(end - i, 64)
+    inside = _ALL >> np.uint64(64 - left)
+    word = matches64(flags, i, WORD, WORD) & inside
+    number = matches64(flags, i, NUMBER, NUMBER) & inside
+    space = matches64(flags, i, SPACE, SPACE) & inside
+    marks = inside & ~(word | number | space)
+    after_blank = matches64(text, i, 0xFF, 32) << _ONE
+    # A run begins, and takes a blank before it along.
+    starts = (word & ~(word << _ONE) | number & ~(number << _ONE) | marks & ~(marks << _ONE)) & ~after_blank
+    # A run of whitespace begins; its last character is left to what follows, unless nothing does, or nobody knows.
+    last = space & ~(space >> _ONE) & (inside >> _ONE)
+    starts |= space & ~(space << _ONE) | firsts(last, matches64(text, i, 0xC0, 0x80))
+    if left < 64:
+        starts |= _ONE << np.uint64(left)
+    contractions = matches64(text, i, 0xFF, _APOSTROPHE) & marks & ~(marks << _ONE) & ~after_blank & (word >> _ONE)
+    while contractions:
+        k = trailing_zeros(contractions)
+        contractions &= contractions - _ONE
+        after = contraction(text, i + k, end, False) - i
+        if after >= 64:
+            return starts & ((_ONE << np.uint64(k + 1)) - _ONE) & ~_ONE
+        if after > k:
+            starts = starts & ~(_ONE << np.uint64(k + 1)) | _ONE << np.uint64(after)
+    return starts & ~_ONE
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def starts_llama3(text, flags, i, end, digits):
+    """As `starts_gpt2`, for `next_llama3`; what is left out are pieces from the first on that would be hard to tell."""
+    left = min(end - i, 64)
+    inside = _ALL >> np.uint64(64 - left)
+    word = matches64(flags, i, WORD, WORD) & inside
+    number = matches64(flags, i, NUMBER, NUMBER) & inside
+    space = matches64(flags, i, SPACE, SPACE) & inside
+    newline = matches64(flags, i, NEWLINE, NEWLINE) & inside
+    marks = inside & ~(word | number | space)
+    followers = matches64(text, i, 0xC0, 0x80)
+    # Marks take a blank before them along. One by itself, without a blank, is taken along by a word; so is a blank.
+    marks_start = marks & ~(marks << _ONE) & ~(matches64(text, i, 0xFF, 32) << _ONE)
+    alone = marks_start
+    for _ in range(3):
+        alone |= alone << _ONE & followers
+    starts = marks_start | word & ~((word | space & ~newline | alone) << _ONE)
+    # A newline by itself is taken along by marks before it, but by nothing after it.
+    lone = newline & ~(space << _ONE) & ~(space >> _ONE)
+    starts |= space & ~(space << _ONE) & ~(lone & marks << _ONE)
+    last = space & ~newline & ~(space >> _ONE) & (inside >> _ONE)
+    starts |= firsts(last, followers)
+    if digits == 1:
+        starts |= number & ~followers
+    else:
+        starts |= number & ~(number << _ONE)
+    if left < 64:
+        starts |= _ONE << np.uint64(left)
+    else:
+        lone &= inside >> _ONE
+    known = _ALL
+    if newline & ~lone:
+        k = trailing_zeros(newline & ~lone)
+        while k > 0 and space >> np.uint64(k - 1) & _ONE:
+            k -= 1
+        known = (_ONE << np.uint64(k)) - _ONE
+    if digits != 1:
+        many = number & number << np.uint64(1) & number << np.uint64(2) & number << np.uint64(3)
+        if many:
+            known &= (_ONE << np.uint64(trailing_zeros(many) - 2)) - _ONE
+    contractions = matches64(text, i, 0xFF, _APOSTROPHE) & marks_start & (word >> _ONE) & known
+    while contractions:
+        k = trailing_zeros(contractions)
+        contractions &= contractions - _ONE
+        after = contraction(text, i + k, end, True) - i
+        if after >= 64:
+            known &= (_ONE << np.uint64(k + 1)) - _ONE
+        elif after > k:
+            starts |= _ONE << np.uint64(after)
+    return starts & known & ~_ONE
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def put_down(starts, i, ends, count):
+    """Write the places of bits to `ends`, from `count` on; returns up to where."""
+    while starts:
+        ends[count] = i + trailing_zeros(starts)
+        starts &= starts - _ONE
+        count += 1
+    return count
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
 def split_gpt2(text, flags, i, end, ends):
     """Write where the pieces of `text[i:end]` end, as many as `ends` holds; returns how many."""
     count = 0
     while i < end and count < len(ends):
-        i = next_gpt2(text, flags, i, end)
-        ends[count] = i
-        count += 1
+        before = count
+        if i + 64 <= len(text) and count + 64 <= len(ends):
+            count = put_down(starts_gpt2(text, flags, i, end), i, ends, count)
+        if count == before:
+            ends[count] = next_gpt2(text, flags, i, end)
+            count += 1
+        i = ends[count - 1]
     return count
 
 
@@ -396,9 +413,13 @@ def split_llama3(text, flags, i, end, ends):
     """As `split_gpt2`, for Llama-3's pattern."""
     count = 0
     while i < end and count < len(ends):
-        i = next_llama3(text, flags, i, end, 3)
-        ends[count] = i
-        count += 1
+        before = count
+        if i + 64 <= len(text) and count + 64 <= len(ends) and not flags[i] & NEWLINE:
+            count = put_down(starts_llama3(text, flags, i, end, 3), i, ends, count)
+        if count == before:
+            ends[count] = next_llama3(text, flags, i, end, 3)
+            count += 1
+        i = ends[count - 1]
     return count
 
 
@@ -408,9 +429,13 @@ def split_qwen2(text, flags, i, end, ends):
     r"""As `split_gpt2`, for Qwen2's pattern: Llama-3's with `\p{N}` in place of `\p{N}{1,3}`."""
     count = 0
     while i < end and count < len(ends):
-        i = next_llama3(text, flags, i, end, 1)
-        ends[count] = i
-        count += 1
+        before = count
+        if i + 64 <= len(text) and count + 64 <= len(ends) and not flags[i] & NEWLINE:
+            count = put_down(starts_llama3(text, flags, i, end, 1), i, ends, count)
+        if count == before:
+            ends[count] = next_llama3(text, flags, i, end, 1)
+            count += 1
+        i = ends[count - 1]
     return count
 
 

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import importlib
 import itertools
+import mmap
 import os
 import pathlib
 import stat
@@ -21,8 +22,8 @@ PathLike = str | os.PathLike[str]
 
 _DOING = "counting words"
 
-#: How many bytes of text are handed to a thread at once.
-CHUNK = 1 << 21
+#: How many bytes are searched for the end of a line at once.
+_STEP = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Chunk:
 
     `text` is uint8, read-only. `begins`: whether the first of them begins here, and not in an earlier chunk. `size`:
     how far the chunk moves the progress. `origin`: where `text[0]` stands in `file`, unpacked if that is compressed.
+    `mapped`: what `text` is mapped by.
     """
 
     text: np.ndarray
@@ -39,6 +41,14 @@ class Chunk:
     size: int
     file: str = ""
     origin: int = 0
+    mapped: mmap.mmap | None = None
+
+    def release(self):
+        """Let go of the memory that holds the chunk, if it is mapped: it would be counted as this process's."""
+        if self.mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+            start, end = int(self.bounds[0]), int(self.bounds[-1])
+            start -= start % mmap.PAGESIZE
+            self.mapped.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def refuse(self, place: int) -> NoReturn:
         """Raise the error for bytes from `text[place]` on that are not UTF-8."""
@@ -82,45 +92,47 @@ def _refuse_unreadable(path: PathLike, error: Exception) -> NoReturn:
     ) from error
 
 
-def file_chunks(path: PathLike, table: np.ndarray | None, by_line: bool) -> Iterator[Chunk]:
-    """The chunks of a file, which is one document, or as many as it has lines.
+def file_chunks(path: PathLike, size: int, table: np.ndarray | None, by_line: bool) -> Iterator[Chunk]:
+    """The chunks of a file, which is one document, or as many as it has lines; of `size` bytes, or a little more.
 
     `table` says where it may be cut (`cutting.cut_table`); if it is None, only lines are cut from each other.
     """
     suffix = pathlib.Path(path).suffix
     if suffix == ".gz":
-        yield from _unpacked_chunks(path, lambda file: gzip.GzipFile(fileobj=file), table, by_line)
+        yield from _unpacked_chunks(path, size, lambda file: gzip.GzipFile(fileobj=file), table, by_line)
     elif suffix == ".zst":
-        yield from _unpacked_chunks(path, _zstd_reader(path), table, by_line)
+        yield from _unpacked_chunks(path, size, _zstd_reader(path), table, by_line)
     else:
-        yield from _mapped_chunks(path, table, by_line)
+        yield from _mapped_chunks(path, size, table, by_line)
 
 
 def _cut(text: np.ndarray, start: int, target: int, table: np.ndarray | None, by_line: bool) -> int:
     """Where a text may be cut from `target` on, or its end."""
     if table is not None:
         return find_cut(text, start, target, len(text), table)
-    for begin in range(target, len(text) if by_line else target, CHUNK):
-        ends = np.flatnonzero(text[begin : begin + CHUNK] == ord("\n"))
+    for begin in range(target, len(text) if by_line else target, _STEP):
+        ends = np.flatnonzero(text[begin : begin + _STEP] == ord("\n"))
         if len(ends):
             return begin + int(ends[0]) + 1
     return len(text)
 
 
-def _mapped_chunks(path: PathLike, table: np.ndarray | None, by_line: bool) -> Iterator[Chunk]:
+def _mapped_chunks(path: PathLike, size: int, table: np.ndarray | None, by_line: bool) -> Iterator[Chunk]:
     try:
-        text = np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.empty(0, np.uint8)
+        with open(path, "rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                return
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         _refuse_unreadable(path, error)
-    text = np.asarray(text)
-    text.flags.writeable = False
+    text = np.frombuffer(mapped, np.uint8)
     begin = 0
     while begin < len(text):
         end = len(text)
-        if end - begin > CHUNK:
-            end = _cut(text, begin, begin + CHUNK, table, by_line)
+        if end - begin > size:
+            end = _cut(text, begin, begin + size, table, by_line)
         begins = begin == 0 or (by_line and bool(text[begin - 1] == ord("\n")))
-        yield Chunk(text, np.array([begin, end]), begins, end - begin, str(path))
+        yield Chunk(text, np.array([begin, end]), begins, end - begin, str(path), mapped=mapped)
         begin = end
 
 
@@ -134,28 +146,28 @@ def _zstd_reader(path: PathLike) -> Callable[[BinaryIO], Any]:
 
 
 def _unpacked_chunks(
-    path: PathLike, open_reader: Callable[[BinaryIO], Any], table: np.ndarray | None, by_line: bool
+    path: PathLike, size: int, open_reader: Callable[[BinaryIO], Any], table: np.ndarray | None, by_line: bool
 ) -> Iterator[Chunk]:
     rest, origin, before, starts = b"", 0, 0, True
     try:
         with open(path, "rb") as packed, open_reader(packed) as reader:
-            wanted = CHUNK
+            wanted = size
             while True:
                 more = reader.read(wanted)
                 text = np.frombuffer(rest + more, np.uint8)
                 # A read may give less than was asked for, but only nothing at the end.
                 end = len(text)
                 if more:
-                    target = max(1, end - CHUNK // 8)
+                    target = max(1, end - size // 8)
                     end = _cut(text, 0, target, table, by_line) if end > 1 else end
                     if end == len(text):
                         # No place was found: with more text there may be one. Longer steps keep this linear.
-                        rest, wanted = text.tobytes(), max(CHUNK, len(text))
+                        rest, wanted = text.tobytes(), max(size, len(text))
                         continue
                 if end:
                     done = packed.tell()
                     yield Chunk(text[:end], np.array([0, end]), starts, done - before, str(path), origin)
-                    before, origin, rest, wanted = done, origin + end, text[end:].tobytes(), CHUNK
+                    before, origin, rest, wanted = done, origin + end, text[end:].tobytes(), size
                     starts = by_line and bool(text[end - 1] == ord("\n"))
                 if not more:
                     return
@@ -167,9 +179,9 @@ def _unpacked_chunks(
         raise
 
 
-def text_chunks(texts: Iterable[str]) -> Iterator[Chunk]:
-    """The chunks of an iterable of texts, each of which is a document."""
-    batch, size = [], 0
+def text_chunks(texts: Iterable[str], size: int) -> Iterator[Chunk]:
+    """The chunks of an iterable of texts, each of which is a document; about `size` bytes each."""
+    batch, gathered = [], 0
     for k, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"texts must be strings; text {k} (counted from 0) is {type(text).__name__}.")
@@ -178,12 +190,12 @@ def text_chunks(texts: Iterable[str]) -> Iterator[Chunk]:
         except UnicodeEncodeError as error:
             found = f"U+{ord(text[error.start]):04X} at character {error.start:,} (counted from 0)"
             _refuse("DATA-UTF8", "", "characters", found, "replace halves of surrogate pairs", item=f"text {k:,}")
-        size += len(batch[-1])
-        if size >= CHUNK:
-            yield Chunk(*_joined(batch), True, size)
-            batch, size = [], 0
+        gathered += len(batch[-1])
+        if gathered >= size:
+            yield Chunk(*_joined(batch), True, gathered)
+            batch, gathered = [], 0
     if batch:
-        yield Chunk(*_joined(batch), True, size)
+        yield Chunk(*_joined(batch), True, gathered)
 
 
 def joined(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -2,16 +2,18 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypedDict, Unpack, overload
+from typing import Any, TypedDict, Unpack, overload
 
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from eqx_moe.sizes import parse_size
 from eqx_moe.tokenizer.alphabet import byte_characters, choose_symbols
 from eqx_moe.tokenizer.count import count_files, count_texts
 from eqx_moe.tokenizer.counts import WordCounts
 from eqx_moe.tokenizer.export import build_tokenizer
-from eqx_moe.tokenizer.merge import Merges, merge_words
+from eqx_moe.tokenizer.machine import announced
+from eqx_moe.tokenizer.merge import Merges, check_memory, merge_words
 from eqx_moe.tokenizer.patterns import BYTE_TOKENS, layout
 
 PathLike = str | os.PathLike[str]
@@ -31,6 +33,8 @@ class Options(TypedDict, total=False):
     end_of_word_suffix: stands behind each symbol that ends a word. Symbols with a prefix or a suffix get their ids
         after the alphabet, in the order of their texts. (In `tokenizers` the order is that of a hash map.)
     threads: how many; None is one for each core that this process may use. The result does not depend on it.
+    max_memory: bytes, or a text such as "8GB": as much as training may take above what the program has taken before.
+        What does not fit goes to disk, into the folder for temporary files; mapped files are not counted.
     progress: True shows a bar if stderr is a terminal; or a function, see `Progress`.
     """
 
@@ -39,6 +43,7 @@ class Options(TypedDict, total=False):
     continuing_subword_prefix: str
     end_of_word_suffix: str
     threads: int | None
+    max_memory: int | str | None
     progress: bool | Progress
 
 
@@ -92,11 +97,9 @@ def train_bpe(
         DataError: for files that cannot be read, or are not UTF-8, with the place.
         ValueError: for options that cannot be, or a vocabulary that has no room for its alphabet.
     """
-    settings = _Settings(vocab_size, pattern, special_tokens, min_frequency, max_token_length, **options)
+    settings = Training(vocab_size, pattern, special_tokens, min_frequency, max_token_length, **options)
     paths = [files] if isinstance(files, (str, os.PathLike)) else files
-    return settings.train(
-        count_files(paths, pattern, lines=lines, threads=settings.threads, progress=settings.shown("counting"))
-    )
+    return settings.train(count_files(paths, pattern, lines=lines, **settings.counting()))
 
 
 @overload
@@ -129,8 +132,8 @@ def train_bpe_from_iterator(
     **options: Unpack[Options],
 ) -> Tokenizer | list[Tokenizer]:
     """As `train_bpe`, on texts: a list, a generator, a column of a dataset. Each text is one document."""
-    settings = _Settings(vocab_size, pattern, special_tokens, min_frequency, max_token_length, **options)
-    return settings.train(count_texts(texts, pattern, threads=settings.threads, progress=settings.shown("counting")))
+    settings = Training(vocab_size, pattern, special_tokens, min_frequency, max_token_length, **options)
+    return settings.train(count_texts(texts, pattern, **settings.counting()))
 
 
 @overload
@@ -163,12 +166,12 @@ def train_bpe_from_counts(
     **options: Unpack[Options],
 ) -> Tokenizer | list[Tokenizer]:
     """As `train_bpe`, on words that were counted before, with this pattern: see `counts_file`."""
-    settings = _Settings(vocab_size, pattern, special_tokens, min_frequency, max_token_length, **options)
+    settings = Training(vocab_size, pattern, special_tokens, min_frequency, max_token_length, **options)
     return settings.train(counts)
 
 
-class _Settings:
-    """The arguments of training, checked before hours of counting."""
+class Training:
+    """The arguments of training, checked before hours of counting, and what follows it."""
 
     def __init__(
         self,
@@ -183,6 +186,7 @@ class _Settings:
         continuing_subword_prefix: str = "",
         end_of_word_suffix: str = "",
         threads: int | None = None,
+        max_memory: int | str | None = None,
         progress: bool | Progress = True,
     ):
         if isinstance(special_tokens, str):
@@ -200,6 +204,7 @@ class _Settings:
         if threads is None:
             threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads, self.progress = threads, progress
+        self.max_memory = None if max_memory is None else parse_size(max_memory, "max_memory")
         for name, value, least in (
             ("min_frequency", min_frequency, 0),
             ("max_token_length", max_token_length, 1),
@@ -212,6 +217,7 @@ class _Settings:
             raise ValueError("`special_tokens` must not have the empty text among them.")
         if not self.sizes:
             raise ValueError("`vocab_size` must be a number, or at least one; got none.")
+        check_memory(self.max_memory, max(self.sizes), threads)
         if not layout(pattern).metaspace and initial_alphabet is None and limit_alphabet is None:
             self._check_sizes(len({*self.special_tokens, *byte_characters()}))
 
@@ -221,12 +227,25 @@ class _Settings:
                 f"`vocab_size` must be at least {least}, the special tokens and the alphabet; got {min(self.sizes)}."
             )
 
+    def counting(self) -> dict[str, Any]:
+        """The options of counting."""
+        return {"threads": self.threads, "max_memory": self.max_memory, "progress": self.shown("counting")}
+
     def shown(self, phase: str) -> bool | Callable[[int, int | None], None]:
         """How a phase tells of its progress."""
         report = self.progress
         return report if isinstance(report, bool) else lambda done, total: report(phase, done, total)
 
     def train(self, counts: WordCounts) -> Tokenizer | list[Tokenizer]:
+        trained = self.tokenizers(self.merge(counts))
+        return trained if self.several else trained[0]
+
+    def merge(self, counts: WordCounts) -> Merges:
+        """Merges to the largest of the sizes."""
+        with announced():
+            return self._merge(counts)
+
+    def _merge(self, counts: WordCounts) -> Merges:
         characters = layout(self.pattern).metaspace
         symbols = choose_symbols(
             counts,
@@ -246,7 +265,7 @@ class _Settings:
                 if not isinstance(shown, bool):
                     shown(tokens, size)
 
-            merges = merge_words(
+            return merge_words(
                 counts,
                 symbols,
                 vocab_size=size,
@@ -254,16 +273,18 @@ class _Settings:
                 max_token_length=self.max_token_length,
                 continuing_subword_prefix=self.affixes["continuing_subword_prefix"],
                 threads=self.threads,
+                max_memory=self.max_memory,
                 progress=show,
             )
-        trained = [self._tokenizer(merges, size, len(symbols.tokens)) for size in self.sizes]
-        return trained if self.several else trained[0]
 
-    def _tokenizer(self, merges: Merges, size: int, base: int) -> Tokenizer:
-        """The tokenizer of the first `size` tokens: what a run to that size would have given."""
+    def tokenizers(self, merges: Merges) -> list[Tokenizer]:
+        """One for each size: what a run to that size would have given."""
+        return [self._tokenizer(merges, size) for size in self.sizes]
+
+    def _tokenizer(self, merges: Merges, size: int) -> Tokenizer:
         steps = merges.steps
         last = (steps[:, 2] == size - 1).nonzero()[0]  # The merge that makes the vocabulary full.
-        if size == base:
+        if size == merges.base:
             steps = steps[:0]
         elif len(last):
             steps = steps[: last[0] + 1]

@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 
 from eqx_moe.tokenizer.counts import WordCounts
-from eqx_moe.tokenizer.machine import byte_swap, load64, prefetch, trailing_zeros
+from eqx_moe.tokenizer.machine import byte_swap, copy, load64, prefetch, store64, trailing_zeros
 
 _SHORT = 16
 _ROW = np.uint64(4)
@@ -33,7 +33,7 @@ WORDS, ARENA_USED = range(2)
 
 #: Words of a batch, and what is known about each.
 _BATCH = 64
-_KEY, _NEXT, _MIXED, _START, _LENGTH, _AMOUNT = range(6)
+_KEY, _NEXT, _MIXED, _START, _LENGTH, _AMOUNT = range(0, 6 * _BATCH, _BATCH)
 
 
 @no_type_check
@@ -80,36 +80,48 @@ def _mix(text, start, length, first, second):
 
 @no_type_check
 @njit(nogil=True, cache=True)
+def _shift(slots):
+    """By how many bits to shift a hash for the slot where its word belongs."""
+    return np.uint64(64 - trailing_zeros(np.uint64(len(slots))))
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def _is_full(words, slots):
+    """Whether one more word would make searches long."""
+    return 8 * (words + 1) > 5 * slots
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
 def _add_batch(text, number, batch, slots, records, arena, state):
     """Count the words of a batch; returns how many, fewer than `number` when there is no room for a new word."""
-    shift = np.uint64(64 - trailing_zeros(np.uint64(len(slots))))
+    shift = _shift(slots)
     mask = np.uint64(len(slots) - 1)
     for k in range(number):
-        prefetch(slots, np.int64(batch[_MIXED, k] >> shift))
+        prefetch(records, np.int64(_ROW * (slots[batch[_MIXED + k] >> shift] & _LOW)))
     for k in range(number):
-        prefetch(records, np.int64(_ROW * (slots[batch[_MIXED, k] >> shift] & _LOW)))
-    for k in range(number):
-        first, second, mixed = batch[_KEY, k], batch[_NEXT, k], batch[_MIXED, k]
-        start, length = np.int64(batch[_START, k]), np.int64(batch[_LENGTH, k])
+        first, second, mixed = batch[_KEY + k], batch[_NEXT + k], batch[_MIXED + k]
+        start, length = np.int64(batch[_START + k]), np.int64(batch[_LENGTH + k])
         tag, slot = mixed >> _HALF, mixed >> shift
         while True:
             entry = slots[slot]
             if entry == _ZERO:
                 row = state[WORDS] + 1
-                if 4 * (row + 1) > len(records) or 2 * row > len(slots):
+                if 4 * (row + 1) > len(records) or _is_full(row - 1, len(slots)):
                     return k
                 if length > _SHORT:
                     place = state[ARENA_USED]
                     if place + length > len(arena):
                         return k
-                    arena[place : place + length] = text[start : start + length]
+                    copy(text, start, arena, place, length)
                     second = np.uint64(place)
                     state[ARENA_USED] = place + length
                 record = _ROW * np.uint64(row)
                 records[record] = first
                 records[record + _ONE] = second
                 records[record + _TWO] = np.uint64(length)
-                records[record + _THREE] = batch[_AMOUNT, k]
+                records[record + _THREE] = batch[_AMOUNT + k]
                 slots[slot] = tag << _HALF | np.uint64(row)
                 state[WORDS] = row
                 break
@@ -121,7 +133,7 @@ def _add_batch(text, number, batch, slots, records, arena, state):
                     else:
                         found = _same(text, start, arena, np.int64(records[record + _ONE]), length)
                     if found:
-                        records[record + _THREE] += batch[_AMOUNT, k]
+                        records[record + _THREE] += batch[_AMOUNT + k]
                         break
             slot = (slot + _ONE) & mask
     return number
@@ -135,18 +147,22 @@ def add_pieces(text, start, ends, number, slots, records, arena, state):
     Returns:
         How many were counted: fewer than `number` when there is no room for a new word.
     """
-    batch = np.empty((6, _BATCH), np.uint64)
-    batch[_AMOUNT] = _ONE
+    batch = np.empty(6 * _BATCH, np.uint64)
+    shift = _shift(slots)
+    for k in range(_BATCH):
+        batch[_AMOUNT + k] = _ONE
     for begin in range(0, number, _BATCH):
         size = min(_BATCH, number - begin)
         for k in range(size):
             length = ends[begin + k] - start
             first, second = _load(text, start, length)
-            batch[_KEY, k] = first
-            batch[_NEXT, k] = second
-            batch[_MIXED, k] = _mix(text, start, length, first, second)
-            batch[_START, k] = start
-            batch[_LENGTH, k] = length
+            batch[_KEY + k] = first
+            batch[_NEXT + k] = second
+            mixed = _mix(text, start, length, first, second)
+            prefetch(slots, np.int64(mixed >> shift))
+            batch[_MIXED + k] = mixed
+            batch[_START + k] = start
+            batch[_LENGTH + k] = length
             start = ends[begin + k]
         added = _add_batch(text, size, batch, slots, records, arena, state)
         if added < size:
@@ -158,19 +174,22 @@ def add_pieces(text, start, ends, number, slots, records, arena, state):
 @njit(nogil=True, cache=True)
 def _add_table(more, more_arena, begin, stop, slots, records, arena, state):
     """Add the words in rows `begin` to `stop` of another table; returns the row at which it had to stop."""
-    batch = np.empty((6, _BATCH), np.uint64)
+    batch = np.empty(6 * _BATCH, np.uint64)
+    shift = _shift(slots)
     while begin < stop:
         size = min(_BATCH, stop - begin)
         for k in range(size):
             record = 4 * (begin + k)
             length = np.int64(more[record + 2])
             start = np.int64(more[record + 1]) if length > _SHORT else 0
-            batch[_KEY, k] = more[record]
-            batch[_NEXT, k] = more[record + 1]
-            batch[_MIXED, k] = _mix(more_arena, start, length, more[record], more[record + 1])
-            batch[_START, k] = start
-            batch[_LENGTH, k] = length
-            batch[_AMOUNT, k] = more[record + 3]
+            batch[_KEY + k] = more[record]
+            batch[_NEXT + k] = more[record + 1]
+            mixed = _mix(more_arena, start, length, more[record], more[record + 1])
+            prefetch(slots, np.int64(mixed >> shift))
+            batch[_MIXED + k] = mixed
+            batch[_START + k] = start
+            batch[_LENGTH + k] = length
+            batch[_AMOUNT + k] = more[record + 3]
         added = _add_batch(more_arena, size, batch, slots, records, arena, state)
         begin += added
         if added < size:
@@ -196,20 +215,7 @@ def _place_again(old, new):
 def _sort_keys(records, keys):
     """The first eight bytes of each word as a number: its order is that of the bytes."""
     for word in range(len(keys)):
-        keys[word] = byte_swap(records[word, 0])
-
-
-@no_type_check
-@njit(nogil=True, cache=True)
-def _is_before(one, two, records, arena):
-    """Whether one word comes before another whose first eight bytes are the same."""
-    length, other = np.int64(records[one, 2]), np.int64(records[two, 2])
-    shorter = min(length, other)
-    for k in range(8, shorter, 8):
-        left, right = _eight(records, arena, one, length, k), _eight(records, arena, two, other, k)
-        if left != right:
-            return left < right
-    return length < other
+        keys[word] = byte_swap(records[4 * word + 4])
 
 
 @no_type_check
@@ -217,11 +223,23 @@ def _is_before(one, two, records, arena):
 def _eight(records, arena, word, length, k):
     """Bytes k to k + 8 of a word, as a number that orders as they do; zeros after its end."""
     if length <= _SHORT:
-        return byte_swap(records[word, k >> 3])
-    place = np.int64(records[word, 1])
+        return byte_swap(records[4 * word + 4 + (k >> 3)])
+    place = np.int64(records[4 * word + 5])
     if k + 8 <= length:
         return byte_swap(load64(arena, place + k))
     return byte_swap(_bytes_as_word(arena, place + k, place + length))
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def _is_before(one, two, records, arena):
+    """Whether one word comes before another whose first eight bytes are the same."""
+    length, other = np.int64(records[4 * one + 6]), np.int64(records[4 * two + 6])
+    for k in range(8, min(length, other), 8):
+        left, right = _eight(records, arena, one, length, k), _eight(records, arena, two, other, k)
+        if left != right:
+            return left < right
+    return length < other
 
 
 @no_type_check
@@ -245,7 +263,8 @@ def _sort_ties(order, keys, records, arena, spare):
                     else:
                         spare[k] = order[j]
                         j += 1
-            order[begin:stop] = spare[begin:stop]
+            for k in range(begin, stop):
+                order[k] = spare[k]
             step *= 2
         begin = stop
 
@@ -253,30 +272,29 @@ def _sort_ties(order, keys, records, arena, spare):
 @no_type_check
 @njit(nogil=True, cache=True)
 def _write(order, records, arena, text, offsets, counts):
-    """Write the words in an order, as `WordCounts` has them."""
-    place = 0
+    """Write words, word k to `text[offsets[k] : offsets[k + 1]]`, and their counts. 16 bytes more are written to."""
     for k in range(len(order)):
-        word = order[k]
-        length = np.int64(records[word, 2])
+        record = 4 * order[k] + 4
+        place, length = offsets[k], offsets[k + 1] - offsets[k]
         if length > _SHORT:
-            begin = np.int64(records[word, 1])
-            text[place : place + length] = arena[begin : begin + length]
-        else:
-            for j in range(length):
-                text[place + j] = np.uint8(records[word, j >> 3] >> np.uint64(8 * (j & 7)))
-        offsets[k] = place
-        counts[k] = np.int64(records[word, 3])
-        place += length
-    offsets[len(order)] = place
+            copy(arena, np.int64(records[record + 1]), text, place, length)
+        else:  # What is too much of it, the next word writes over.
+            store64(text, place, records[record])
+            store64(text, place + 8, records[record + 1])
+        counts[k] = np.int64(records[record + 3])
 
 
 class WordTable:
-    """Words and their counts, while they are being counted; used by one thread at a time."""
+    """Words and their counts, while they are being counted; used by one thread at a time.
 
-    def __init__(self):
-        self.slots = np.zeros(1 << 15, np.uint64)
-        self.records = np.empty(4 << 14, np.uint64)
-        self.arena = np.empty(1 << 18, np.uint8)
+    With `memory`, the table takes so many bytes and never grows.
+    """
+
+    def __init__(self, memory: int | None = None):
+        slots, words, arena = (1 << 15, 1 << 14, 1 << 18) if memory is None else _shares(memory)
+        self.slots = np.zeros(slots, np.uint64)
+        self.records = np.empty(4 * (words + 1), np.uint64)
+        self.arena = np.empty(arena, np.uint8)
         self.state = np.zeros(2, np.int64)
 
     @property
@@ -287,10 +305,15 @@ class WordTable:
     def __len__(self) -> int:
         return int(self.state[WORDS])
 
+    def clear(self):
+        """Forget all words."""
+        self.slots[:] = 0
+        self.state[:] = 0
+
     def grow(self, length: int):
         """Make room for more words, and for one of `length` bytes."""
         words, used = self.state
-        if 2 * (words + 1) > len(self.slots):
+        if _is_full(int(words), len(self.slots)):
             slots = np.zeros(2 * len(self.slots), np.uint64)
             _place_again(self.slots, slots)
             self.slots = slots
@@ -309,14 +332,29 @@ class WordTable:
         while (row := _add_table(other.records, other.arena, row, stop, *self.arrays)) < stop:
             self.grow(int(other.records[4 * row + 2]))
 
-    def sorted_counts(self) -> WordCounts:
-        """The words in bytewise order, and their counts."""
-        records, number = self.records[4 : 4 * (len(self) + 1)].reshape(-1, 4), len(self)
-        keys = np.empty(number, np.uint64)
-        _sort_keys(records, keys)
+    def sorted_order(self) -> np.ndarray:
+        """The numbers of the words (from 0 on) in bytewise order: int64 [words]."""
+        keys = np.empty(len(self), np.uint64)
+        _sort_keys(self.records, keys)
         order = np.argsort(keys)
-        _sort_ties(order, keys, records, self.arena, np.empty_like(order))
-        text = np.empty(int(records[:, 2].sum()), np.uint8)
-        offsets, counts = np.empty(number + 1, np.int64), np.empty(number, np.int64)
-        _write(order, records, self.arena, text, offsets, counts)
-        return WordCounts(text, offsets, counts)
+        _sort_ties(order, keys, self.records, self.arena, np.empty_like(order))
+        return order
+
+    def written(self, order: np.ndarray) -> WordCounts:
+        """Some words, in the order of their numbers in `order`."""
+        offsets, counts = np.zeros(len(order) + 1, np.int64), np.empty(len(order), np.int64)
+        np.cumsum(self.records[4 * order + 6], out=offsets[1:], dtype=np.int64)
+        text = np.empty(int(offsets[-1]) + _SHORT, np.uint8)
+        _write(order, self.records, self.arena, text, offsets, counts)
+        return WordCounts(text[:-_SHORT], offsets, counts)
+
+
+def _shares(memory: int) -> tuple[int, int, int]:
+    """How many slots, words and bytes of arena make up a table that takes `memory` bytes, while it is sorted too."""
+    slots = 1 << 10
+    while True:
+        # A word: its row, half of it for the arena, and three numbers for sorting.
+        words = max(memory - 8 * slots, 0) // (32 + 16 + 24)
+        if not _is_full(words, slots):
+            return slots, words, 16 * words
+        slots *= 2

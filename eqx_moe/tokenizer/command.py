@@ -1,0 +1,228 @@
+"""`eqx-moe tokenizer train`, `count` and `merge-counts`."""
+
+# What trains is imported by the commands, not here: `--help` and wrong usage answer at once.
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+_PATTERN = "gpt2, llama3, qwen2, o200k, deepseek_v3, metaspace, or a regular expression (llama3)"
+_DEFAULT = "llama3"
+_FILES = "text in UTF-8, also as .gz or .zst; each file is a document"
+_GROUP = 1 << 30  # Bytes of files that are counted together; then their counts are saved.
+
+
+def add_commands(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Adds `tokenizer` and its commands to the parser of `eqx-moe`; `add` is `cli._command`."""
+    summary = "Train a tokenizer (byte-pair encoding) on text; count words on many machines and add the counts up."
+    group = commands.add_parser("tokenizer", help=summary, description=summary)
+    commands = group.add_subparsers(metavar="COMMAND", required=True)
+
+    train = add(
+        commands,
+        "train",
+        _train,
+        "Train a tokenizer, with the vocabulary and merges of Hugging Face's trainer. If it is interrupted, the same "
+        "command goes on from the files that are counted.",
+        [
+            "eqx-moe tokenizer train books/*.txt --vocab-size 32000 --pattern llama3 --out tokenizer.json",
+            "eqx-moe tokenizer train a.txt.gz b.txt --special-tokens '<s>' '</s>' --eos-token '</s>' --out folder",
+            "eqx-moe tokenizer train --from-counts all.counts --vocab-size 16000 32000 64000 --out tokenizer.json",
+        ],
+    )
+    train.add_argument(
+        "files", nargs="+", metavar="FILE", help="text in UTF-8, also as .gz or .zst; a file is a document"
+    )
+    train.add_argument("--out", required=True, type=pathlib.Path, help="a file ending in .json, or a folder")
+    train.add_argument(
+        "--vocab-size",
+        nargs="+",
+        type=int,
+        default=[32_000],
+        metavar="N",
+        help="tokens (32000); several sizes give several tokenizers from one run, with the size in their names",
+    )
+    _add_cutting(train)
+    train.add_argument("--from-counts", action="store_true", help="FILE... are counts; they know their pattern")
+    train.add_argument("--special-tokens", nargs="+", default=[], metavar="TOKEN", help="the first ids, in this order")
+    for name in ("bos", "eos", "pad", "unk"):
+        train.add_argument(f"--{name}-token", metavar="TOKEN", help="one of these, for transformers; needs a folder")
+    train.add_argument("--chat-template", type=pathlib.Path, metavar="FILE", help="a Jinja template, for a folder")
+    train.add_argument("--min-frequency", type=int, default=0, metavar="N", help="merge no pair that is rarer (0)")
+    train.add_argument("--max-token-length", type=int, metavar="N", help="merges have fewer characters, or bytes")
+    train.add_argument("--limit-alphabet", type=int, metavar="N", help="the most frequent characters only")
+    train.add_argument(
+        "--report", nargs="?", const="-", metavar="FILE", help="say how well it compresses: a page of HTML, or here"
+    )
+
+    count = add(
+        commands,
+        "count",
+        _count,
+        "Count the words of texts, to be trained from later or elsewhere. If it is interrupted, the same command goes "
+        "on from the files that are counted.",
+        ["eqx-moe tokenizer count part-00*.txt --pattern llama3 --out part-00.counts"],
+    )
+    count.add_argument(
+        "files", nargs="+", metavar="FILE", help="text in UTF-8, also as .gz or .zst; a file is a document"
+    )
+    count.add_argument("--out", required=True, type=pathlib.Path, metavar="FILE", help="the counts")
+    _add_cutting(count)
+
+    merge = add(
+        commands,
+        "merge-counts",
+        _merge_counts,
+        "Add counts up.",
+        ["eqx-moe tokenizer merge-counts part-*.counts --out all.counts"],
+    )
+    merge.add_argument("files", nargs="+", metavar="FILE", help="counts")
+    merge.add_argument("--out", required=True, type=pathlib.Path, metavar="FILE", help="the sum")
+
+
+def _add_cutting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pattern", metavar="PATTERN", help=_PATTERN)
+    parser.add_argument("--lines", action="store_true", help="each line is a document of its own")
+    parser.add_argument("--threads", type=int, metavar="N", help="how many (one for each core)")
+    parser.add_argument("--max-memory", metavar="SIZE", help="such as 8GB; what does not fit goes to disk")
+
+
+def _train(args: argparse.Namespace) -> None:
+    from eqx_moe.tokenizer.counts_file import add_counts, read_all
+    from eqx_moe.tokenizer.export import check_out, save_tokenizer
+    from eqx_moe.tokenizer.report import as_page, as_terminal, make_report
+    from eqx_moe.tokenizer.train import Training
+
+    _check_writable(args.out)
+    template = args.chat_template.read_text() if args.chat_template else None
+    named = {name: getattr(args, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    check_out(args.out, *named.values(), template)
+    if args.from_counts and (args.pattern is not None or args.lines):
+        raise ValueError(
+            "--pattern and --lines are settled where words are counted; leave them out here."
+        )
+    counted = read_all(args.files) if args.from_counts else None
+    pattern = counted[0].pattern if counted else args.pattern or _DEFAULT
+    training = Training(
+        args.vocab_size, pattern, args.special_tokens, args.min_frequency, args.max_token_length,
+        limit_alphabet=args.limit_alphabet, threads=args.threads, max_memory=args.max_memory,
+    )  # fmt: skip
+    for token in filter(None, named.values()):
+        if token not in training.special_tokens:
+            raise ValueError(f"a named token must be among --special-tokens; got {token!r}, which is not.")
+    with contextlib.ExitStack() as stack:
+        if counted:
+            folder = tempfile.gettempdir() if args.max_memory else None
+            words = add_counts([part.words for part in counted], folder)
+        else:
+            words = stack.enter_context(_resumable(args, pattern))
+        merges = training.merge(words)
+        outs = [args.out]
+        if len(training.sizes) > 1:
+            outs = [args.out.with_name(f"{args.out.stem}-{size}{args.out.suffix}") for size in training.sizes]
+        for out, tokenizer in zip(outs, training.tokenizers(merges), strict=True):
+            save_tokenizer(tokenizer, out, chat_template=template, **named)
+            print(f"{tokenizer.get_vocab_size():,} tokens: {out}")
+        if args.report:
+            report = make_report(
+                words, merges, characters=pattern == "metaspace", special_tokens=training.special_tokens
+            )
+            if args.report == "-":
+                print(as_terminal(report), end="")
+            else:
+                pathlib.Path(args.report).write_text(as_page(report), encoding="utf-8")
+
+
+def _count(args: argparse.Namespace) -> None:
+    from eqx_moe.tokenizer.counts_file import Counted, write_counts
+
+    _check_writable(args.out)
+    pattern = args.pattern or _DEFAULT
+    with _resumable(args, pattern) as words:
+        write_counts(args.out, Counted(words, pattern, args.lines))
+    print(f"{len(words):,} different words, {int(words.counts.sum()):,} in all: {args.out}")
+
+
+def _merge_counts(args: argparse.Namespace) -> None:
+    from eqx_moe.tokenizer.counts_file import merge_counts
+
+    _check_writable(args.out)
+    words = merge_counts(args.files, args.out).words
+    print(f"{len(words):,} different words, {int(words.counts.sum()):,} in all: {args.out}")
+
+
+def _check_writable(out: pathlib.Path) -> None:
+    folder = out.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(2, "no such folder", str(folder))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(13, "no permission to write", str(folder))
+
+
+# --- Going on after an interruption ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _resumable(args: argparse.Namespace, pattern: str) -> Iterator[Any]:
+    """Counts files group by group, each group's counts saved beside `out` until the block has ended well.
+
+    What an earlier run has saved is used if it was of the same files, pattern and lines.
+    """
+    from eqx_moe.errors import DataError
+    from eqx_moe.tokenizer.count import count_files
+    from eqx_moe.tokenizer.counts_file import Counted, add_counts, read_counts, write_counts
+
+    files, lines = args.files, args.lines
+    state = args.out.with_name(f"{args.out.name}.unfinished")
+    parts, known = [], 0
+    try:
+        for group in _groups(files):
+            name = hashlib.sha256(json.dumps([*map(_facts, group), pattern, lines]).encode()).hexdigest()[:24]
+            saved = state / f"{name}.counts"
+            if saved.exists():
+                with contextlib.suppress(DataError):  # Half a file, of a machine that lost its power: counted again.
+                    parts.append(read_counts(saved).words)
+                    known += len(group)
+                    continue
+            words = count_files(group, pattern, lines=lines, threads=args.threads, max_memory=args.max_memory)
+            state.mkdir(exist_ok=True)
+            write_counts(saved, Counted(words, pattern, lines))
+            parts.append(read_counts(saved).words)  # Which stay in the file.
+        if known:
+            print(f"{known} of {len(files)} files were counted before: {state}", file=sys.stderr)
+        yield add_counts(parts, state)
+    except KeyboardInterrupt:
+        if state.exists():
+            print(f"\nwhat is counted is kept in {state}: the same command goes on from it", file=sys.stderr)
+        raise
+    shutil.rmtree(state, ignore_errors=True)
+
+
+def _facts(file: str) -> tuple[str, int, int] | None:
+    """Path, size and time: a file that was changed is another one. None if counting will say what is wrong."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return os.path.abspath(file), found.st_size, found.st_mtime_ns
+
+
+def _groups(files: Sequence[str]) -> Iterator[list[str]]:
+    """Consecutive files of about `_GROUP` bytes together."""
+    group, size = [], 0
+    for file in files:
+        group.append(file)
+        with contextlib.suppress(OSError):  # Counting says better what is wrong.
+            size += os.path.getsize(file)
+        if size >= _GROUP:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

@@ -1,0 +1,191 @@
+"""What a trained vocabulary is like: how well it compresses, its longest tokens, and for which scripts it falls back on
+bytes."""
+
+import html
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from eqx_moe.tokenizer.alphabet import byte_characters
+from eqx_moe.tokenizer.counts import WordCounts
+from eqx_moe.tokenizer.merge import Merges
+from eqx_moe.tokenizer.reference import merge_symbols
+
+_LONGEST = 20
+_SCRIPTS = 16
+_SAMPLE = 20_000  # Words whose tokens are looked at; evenly over all, and the most frequent ones.
+
+
+@dataclass(frozen=True)
+class Report:
+    """`curve`: vocabulary sizes, and bytes of text for each token. `longest`: tokens, with their lengths in bytes.
+    `scripts`: for each the share of its tokens that are a single byte, and of all bytes how many are of it."""
+
+    words: int
+    unique: int
+    bytes: int
+    curve: list[tuple[int, float]]
+    longest: list[tuple[str, int]]
+    scripts: list[tuple[str, float, float]]
+
+
+def make_report(counts: WordCounts, merges: Merges, *, characters: bool, special_tokens: Sequence[str]) -> Report:
+    """Looks at the words that a vocabulary was trained on. `characters`: its symbols are characters, not bytes."""
+    size = int((counts.counts * np.diff(counts.offsets)).sum())
+    symbols = _symbols(counts, characters)
+    left = symbols - np.cumsum(merges.saved)
+    sizes = [n for n in _round_sizes(len(merges.tokens)) if n > merges.base] + [len(merges.tokens)]
+    curve = [(merges.base, size / symbols)] if symbols else []
+    for n in sizes:
+        at = np.flatnonzero(merges.steps[:, 2] == n - 1)
+        if len(at):
+            curve.append((n, size / int(left[at[0]])))
+    special = set(special_tokens)
+    texts = [as_text(token, characters) for token in merges.tokens if token not in special]
+    longest = sorted(((text, len(raw)) for text, raw in texts), key=lambda pair: -pair[1])[:_LONGEST]
+    scripts = _scripts(counts, merges, characters)
+    return Report(int(counts.counts.sum()), len(counts), size, curve, longest, scripts)
+
+
+def as_text(token: str, characters: bool) -> tuple[str, bytes]:
+    """A token as a reader would have it, and its bytes."""
+    if characters:
+        raw = token.encode()
+        return token, raw
+    code = {character: byte for byte, character in enumerate(byte_characters())}
+    raw = bytes(code[character] for character in token) if all(c in code for c in token) else token.encode()
+    return raw.decode(errors="replace"), raw
+
+
+def _symbols(counts: WordCounts, characters: bool) -> int:
+    """How many symbols the texts have before anything is merged."""
+    if not characters:
+        return int((counts.counts * np.diff(counts.offsets)).sum())
+    first = np.concatenate([[0], np.cumsum((counts.text & 0xC0) != 0x80)])
+    return int((counts.counts * np.diff(first[counts.offsets])).sum())
+
+
+def _round_sizes(most: int) -> list[int]:
+    return [digit * 10**power for power in range(2, 8) for digit in (1, 2, 5) if digit * 10**power < most]
+
+
+def _scripts(counts: WordCounts, merges: Merges, characters: bool) -> list[tuple[str, float, float]]:
+    steps = merges.steps.tolist()
+    ranks = {(left, right): i for i, (left, right, _) in reversed([*enumerate(steps)])}
+    ids = {token: i for i, token in enumerate(merges.tokens)}
+    shown = byte_characters()
+    chosen = np.union1d(
+        np.linspace(0, len(counts) - 1, min(len(counts), _SAMPLE)).astype(np.int64),
+        np.argsort(-counts.counts, kind="stable")[:_SAMPLE],
+    )
+    tokens, single, size = Counter(), Counter(), Counter()
+    for word in chosen.tolist():
+        raw = counts.text[counts.offsets[word] : counts.offsets[word + 1]].tobytes()
+        text, weight = raw.decode(), int(counts.counts[word])
+        symbols = [ids[c] for c in (text if characters else (shown[byte] for byte in raw)) if c in ids]
+        while len(symbols) > 1:
+            first = min(ranks.get(pair, len(steps)) for pair in zip(symbols, symbols[1:], strict=False))
+            if first == len(steps):
+                break
+            left, right, new = steps[first]
+            symbols = merge_symbols(symbols, (left, right), new)
+        script = _script(text)
+        tokens[script] += weight * len(symbols)
+        single[script] += weight * sum(_is_byte(merges.tokens[symbol], characters) for symbol in symbols)
+        size[script] += weight * len(raw)
+    total = sum(size.values())
+    return [(name, single[name] / max(1, tokens[name]), n / total) for name, n in size.most_common(_SCRIPTS)]
+
+
+def _is_byte(token: str, characters: bool) -> bool:
+    return len(token) == 1 and (not characters or ord(token) < 0x80)
+
+
+def _script(text: str) -> str:
+    """The first word of the Unicode name of a text's first letter: LATIN, CJK, HIRAGANA; or what it is instead."""
+    for character in text:
+        if character.isalpha() and character != "▁":
+            return unicodedata.name(character, "other letters").split()[0].removesuffix("-")
+    return "digits" if any(character.isnumeric() for character in text) else "signs and blanks"
+
+
+# --- As text and as a page -------------------------------------------------------------------------------------------
+
+
+def as_terminal(report: Report) -> str:
+    """The report for a terminal."""
+    best = max((value for _, value in report.curve), default=1.0)
+    lines = [_summary(report), "", "vocabulary  bytes per token"]
+    lines += [f"{n:>10,}  {value:>5.2f} {'#' * round(40 * value / best)}" for n, value in report.curve]
+    lines += ["", "single-byte tokens, by script (and the script's share of the text)"]
+    lines += [f"{single:>10.1%}  {name} ({share:.1%})" for name, single, share in report.scripts]
+    lines += ["", "longest tokens, in bytes"]
+    lines += [f"{length:>10}  {text!r}" for text, length in report.longest]
+    return "\n".join(lines) + "\n"
+
+
+def as_page(report: Report) -> str:
+    """The report as a page of HTML that needs nothing else."""
+    scripts = [(html.escape(name), f"{single:.1%}", f"{share:.1%}") for name, single, share in report.scripts]
+    longest = [(f"<code>{html.escape(repr(text))}</code>", str(length)) for text, length in report.longest]
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Tokenizer report</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 50em; margin: 2em auto; padding: 0 1em; }}
+table {{ border-collapse: collapse; }} td, th {{ padding: 0 1em 0 0; text-align: left; }}
+</style>
+<h1>Tokenizer report</h1>
+<p>{html.escape(_summary(report))}</p>
+<h2>Compression</h2>
+{_plot(report.curve)}
+{_table(("vocabulary", "bytes per token"), [(f"{n:,}", f"{value:.3f}") for n, value in report.curve])}
+<h2>Single-byte tokens</h2>
+<p>Of the tokens of words that begin in a script, as many are a single byte.</p>
+{_table(("script", "single bytes", "share of the text"), scripts)}
+<h2>Longest tokens</h2>
+{_table(("token", "bytes"), longest)}
+</html>
+"""
+
+
+def _summary(report: Report) -> str:
+    return f"{report.bytes:,} bytes of text in {report.words:,} words, {report.unique:,} of them different."
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+    return f"<table><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr><tr>{'</tr><tr>'.join(cells)}</tr></table>"
+
+
+def _plot(curve: Sequence[tuple[int, float]]) -> str:
+    """Bytes per token over the vocabulary's size, which is on a logarithmic axis."""
+    if len(curve) < 2:
+        return ""
+    width, height, left, bottom = 640, 300, 50, 40
+    low, high = np.log(curve[0][0]), np.log(curve[-1][0])
+    top = 1.1 * max(value for _, value in curve)
+
+    def place(n: float, value: float) -> tuple[float, float]:
+        x = left + (np.log(n) - low) / (high - low) * (width - left - 20)
+        return round(float(x), 1), round(float(height - bottom - value / top * (height - bottom)), 1)
+
+    points = [place(float(n), value) for n, value in curve]
+    marks = "".join(f'<circle cx="{x}" cy="{y}" r="3"/>' for x, y in points)
+    below = "".join(
+        f'<text x="{x}" y="{height - bottom + 18}" text-anchor="middle">{n:,}</text>'
+        for (n, _), (x, _) in [*zip(curve, points, strict=True)][:: max(1, len(curve) // 6)]
+    )
+    beside = "".join(
+        f'<text x="{left - 8}" y="{place(float(curve[0][0]), float(n))[1] + 4}" text-anchor="end">{n}</text>'
+        for n in range(int(top) + 1)
+    )
+    line = " ".join(f"{x},{y}" for x, y in points)
+    axis = f'<path d="M{left} 0V{height - bottom}H{width}" fill="none" stroke="#888"/>'
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" font-size="12" fill="#246">'
+        f"<title>Bytes per token over the size of the vocabulary</title>{axis}"
+        f'<polyline points="{line}" fill="none" stroke="#246" stroke-width="2"/>{marks}{below}{beside}</svg>'
+    )

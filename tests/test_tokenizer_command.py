@@ -1,0 +1,212 @@
+"""`eqx-moe tokenizer`: what it writes, how it goes on after an interruption, and how it fails."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tokenizers import Tokenizer
+
+from eqx_moe.cli import main
+from eqx_moe.tokenizer import command, train_bpe
+
+SHORT = "It's 1234 o'clock! Naïve café, 日本語の文章です。\nHe said: 'We'll see'\r\n" * 5
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command line; gives its status, stdout and stderr."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        status = main(["tokenizer", *(str(argument) for argument in arguments)])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def files(tmp_path):
+    paths = [tmp_path / name for name in ("a.txt", "b.txt", "c.txt")]
+    for i, path in enumerate(paths):
+        path.write_text(SHORT * (i + 1), newline="")
+    return paths
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_help_loads_nothing():
+    code = """
+import sys
+from eqx_moe.cli import main
+statuses = [main(["tokenizer", *name, "--help"]) for name in ([], ["train"], ["count"], ["merge-counts"])]
+print(statuses, sorted({"jax", "numba", "numpy", "tokenizers"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.rstrip().endswith("[0, 0, 0, 0] []"), done.stderr
+    assert done.stdout.count("examples:\n  eqx-moe tokenizer") == 3
+
+
+@pytest.mark.parametrize(
+    "line", ["", "train", "train a.txt", "count a.txt", "merge-counts a", "train a --out x --vocab-size many"]
+)
+def test_wrong_usage_is_status_2(run, line):
+    status, out, err = run(*line.split())
+    assert (status, out) == (2, "") and "usage:" in err
+
+
+def test_train(run, files, tmp_path):
+    out = tmp_path / "tokenizer.json"
+    status, said, _ = run("train", *files, "--vocab-size", 300, "--pattern", "qwen2", "--out", out, "--lines")
+    assert (status, said) == (0, f"300 tokens: {out}\n")
+    assert Tokenizer.from_file(str(out)).to_str() == train_bpe(files, 300, "qwen2", lines=True).to_str()
+    assert names(tmp_path) == ["a.txt", "b.txt", "c.txt", "tokenizer.json"]
+
+
+def test_a_folder_with_everything(run, files, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages }}")
+    arguments = ["--special-tokens", "<s>", "</s>", "--eos-token", "</s>", "--chat-template", template]
+    status, _, _ = run("train", *files, "--vocab-size", 300, "--out", tmp_path / "out", *arguments)
+    assert status == 0
+    assert names(tmp_path / "out") == ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
+
+
+def test_several_sizes(run, files, tmp_path):
+    status, said, _ = run("train", *files, "--vocab-size", 270, 300, "--out", tmp_path / "t.json")
+    assert status == 0 and said.count("tokens: ") == 2
+    for size in (270, 300):
+        assert Tokenizer.from_file(str(tmp_path / f"t-{size}.json")).to_str() == train_bpe(files, size).to_str()
+
+
+def test_counts_add_up_to_the_same_tokenizer(run, files, tmp_path):
+    counts = [tmp_path / f"{i}.counts" for i in range(3)]
+    for file, out in zip(files, counts, strict=True):
+        assert run("count", file, "--pattern", "gpt2", "--out", out)[0] == 0
+    status, said, _ = run("merge-counts", *counts, "--out", tmp_path / "all.counts")
+    assert status == 0 and "different words" in said
+    whole = train_bpe(files, 300, "gpt2").to_str()
+    for given in ([tmp_path / "all.counts"], counts):
+        out = tmp_path / "t.json"
+        assert run("train", "--from-counts", *given, "--vocab-size", 300, "--out", out)[0] == 0
+        assert Tokenizer.from_file(str(out)).to_str() == whole
+    assert not [name for name in names(tmp_path) if name.startswith(".") or "unfinished" in name]
+
+
+def test_reports(run, files, tmp_path):
+    arguments = ["train", *files, "--vocab-size", 300, "--out", tmp_path / "t.json", "--report"]
+    status, said, _ = run(*arguments)
+    size = sum(file.stat().st_size for file in files)
+    for part in (f"{size:,} bytes", "bytes per token", "LATIN", "CJK", "longest tokens", "       256   1.00"):
+        assert part in said
+    status, _, err = run(*arguments, tmp_path / "r.html")
+    assert status == 0, err
+    page = (tmp_path / "r.html").read_text()
+    assert status == 0 and f"{size:,} bytes" in page and "<svg" in page and "</html>" in page
+
+
+@pytest.mark.parametrize("pattern", ["llama3", "metaspace"])
+def test_the_report_measures_what_the_tokenizer_does(run, files, tmp_path, pattern):
+    """Bytes per token are those of the texts, encoded."""
+    out = tmp_path / "t.json"
+    size = 300 if pattern == "llama3" else 340
+    _, said, _ = run("train", files[0], "--vocab-size", size, "--pattern", pattern, "--out", out, "--report")
+    text = files[0].read_bytes().decode()
+    tokens = len(Tokenizer.from_file(str(out)).encode(text).ids)
+    normalised = text if pattern == "llama3" else "▁" + text.replace(" ", "▁")
+    line = next(line for line in said.splitlines() if line.split()[:1] == [str(size)] and ":" not in line)
+    assert line.split()[1] == f"{len(normalised.encode()) / tokens:.2f}"
+
+
+# --- Interruptions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 2])
+def test_what_is_counted_is_not_counted_again(run, files, tmp_path, monkeypatch, stop_at):
+    from eqx_moe.tokenizer import count
+
+    monkeypatch.setattr(command, "_GROUP", 1)  # Each file is a group.
+    really, asked = count.count_files, []
+
+    def count_files(paths, *args, **options):
+        if len(asked) == stop_at:
+            raise KeyboardInterrupt
+        asked.append([str(path) for path in paths])
+        return really(paths, *args, **options)
+
+    monkeypatch.setattr(count, "count_files", count_files)
+    arguments = ["train", *files, "--vocab-size", 300, "--out", tmp_path / "t.json"]
+    status, out, err = run(*arguments)
+    assert (status, out) == (130, "") and ("goes on" in err) == (stop_at > 0)
+    stop_at = 10
+    status, _, err = run(*arguments)
+    assert status == 0 and asked == [[str(file)] for file in files]
+    assert (tmp_path / "t.json").read_text() and not (tmp_path / "t.json.unfinished").exists()
+    assert Tokenizer.from_file(str(tmp_path / "t.json")).to_str() == train_bpe(files, 300).to_str()
+
+
+def test_a_file_that_changed_is_counted_again(run, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "_GROUP", 1)
+    from eqx_moe.tokenizer import train
+
+    arguments = ["train", *files, "--vocab-size", 300, "--out", tmp_path / "t.json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Training, "merge", lambda self, words: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(*arguments)[0] == 130
+    assert len(names(tmp_path / "t.json.unfinished")) == 3
+    files[1].write_text("wholly other words " * 9)
+    (saved, *_) = (tmp_path / "t.json.unfinished").iterdir()
+    saved.write_bytes(saved.read_bytes()[:-1])  # And one that was cut off.
+    status, _, err = run(*arguments)
+    assert status == 0 and " of 3 files were counted before" in err
+    assert Tokenizer.from_file(str(tmp_path / "t.json")).to_str() == train_bpe(files, 300).to_str()
+
+
+@pytest.mark.parametrize("after", [0.4, pytest.param(0.9, marks=pytest.mark.full)])
+def test_ctrl_c_at_some_moment(files, tmp_path, after):
+    """A real signal, wherever it hits: nothing half-written, and the next run gives the whole result."""
+    files[0].write_text(SHORT * 20_000)
+    out = tmp_path / "t.json"
+    line = [sys.executable, "-m", "eqx_moe.cli", "tokenizer", "train", *files, "--vocab-size", "300", "--out", out]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode in (0, 130, -signal.SIGINT), err
+    assert set(names(tmp_path)) <= {"a.txt", "b.txt", "c.txt", "t.json.unfinished", "t.json"}
+    assert subprocess.run(line, capture_output=True).returncode == 0
+    assert Tokenizer.from_file(str(out)).to_str() == train_bpe(files, 300).to_str()
+
+
+# --- Failing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train missing.txt --out t.json", "missing.txt"),
+        ("train bad.txt --out t.json", "DATA-UTF8"),
+        ("train a.txt --out nowhere/t.json", "no such folder"),
+        ("train a.txt --out t.json --vocab-size 200", "at least 256.*got 200"),
+        ("train a.txt --out t --eos-token </s>", "must be among --special-tokens"),
+        ("train a.txt --out t.json --special-tokens <s> --bos-token <s>", "must be a folder"),
+        ("train --from-counts a.txt --out t.json", "COUNTS-FORMAT"),
+        ("train --from-counts a.txt --out t.json --pattern gpt2", "leave them out here"),
+        ("train a.txt --out t.json --max-memory 1KB", "`max_memory` must be at least"),
+        ("merge-counts a.txt --out b.counts", "COUNTS-FORMAT"),
+        ("count a.txt --pattern gtp2 --out a.counts", "gtp2"),
+    ],
+)
+def test_errors_are_short(run, files, tmp_path, monkeypatch, line, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.txt").write_bytes(b"abc\xff")
+    before = names(tmp_path)
+    status, out, err = run(*line.split())
+    assert (status, out) == (1, "") and "Traceback" not in err and len(err) < 1000
+    assert re.search(message, err), err
+    assert names(tmp_path) == before
