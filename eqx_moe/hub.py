@@ -215,7 +215,7 @@ def from_pretrained(
         ValueError: an argument is wrong.
     """
     source = _source(repo_or_folder, "loading a model", revision, token, cache_dir, local_files_only)
-    folder = _fetch(source, _CONFIG, _GENERATION, *([CHECKSUMS] if verify else []))
+    folder = _fetch(source, _CONFIG, optional=(_GENERATION, *([CHECKSUMS] if verify else [])))
     config = read_config(folder)
     family = family_of(config)
     named = _dtype_to_load(dtype)
@@ -324,8 +324,8 @@ def _source(
     )
 
 
-def _fetch(source: pathlib.Path | Snapshot, *names: str) -> pathlib.Path:
-    return source if isinstance(source, pathlib.Path) else source.fetch(*names)
+def _fetch(source: pathlib.Path | Snapshot, *names: str, optional: tuple[str, ...] = ()) -> pathlib.Path:
+    return source if isinstance(source, pathlib.Path) else source.fetch(*names, optional=optional)
 
 
 def local_folder(folder: str | os.PathLike, doing: str, expected: str = "a local folder") -> pathlib.Path:

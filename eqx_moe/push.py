@@ -146,7 +146,7 @@ def _earlier(repo: str, revision: str | None, token: str | bool | None) -> pathl
         try:
             return open_snapshot(
                 repo, revision=named, token=token, cache_dir=None, local_files_only=False, doing=_DOING
-            ).fetch(TOKENIZER_CONFIG)
+            ).fetch(optional=(TOKENIZER_CONFIG,))
         except CheckpointError as error:
             if error.code != "HUB-REPO":
                 raise

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from eqx_moe.checkpoint.files import exists, plain_name
+from eqx_moe.checkpoint.files import plain_name
 from eqx_moe.checkpoint.header import Entry, read_header
 from eqx_moe.checkpoint.jsonfile import read_json
 from eqx_moe.checkpoint.shards import INDEX, SINGLE, Stored
@@ -66,21 +66,26 @@ class Snapshot:
     doing: str
     client: Any = field(repr=False)
 
-    def fetch(self, *names: str) -> pathlib.Path:
+    def fetch(self, *names: str, optional: tuple[str, ...] = ()) -> pathlib.Path:
         """The folder, with those of the named files in it that the commit has, whole and checked.
+
+        Args:
+            optional: where nothing says which files the commit has, those of these that the cache lacks are taken for
+                none of it.
 
         Raises:
             CheckpointError: HUB-* codes.
         """
+        names += optional
         if self.files is not None:
             names = tuple(name for name in names if name in self.files)
             with contextlib.suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-        elif not self.folder.is_dir():
-            self._refuse_offline(list(names))
-        absent = [name for name in names if not exists(self.folder / name)]
-        if absent and self.files is not None:
-            if not self.online:
+        else:
+            names = tuple(name for name in names if name not in optional or (self.folder / name).exists())
+        absent = [name for name in names if not (self.folder / name).exists()]
+        if absent:
+            if self.files is None or not self.online:
                 self._refuse_offline(absent)
             size = sum(self.files[name].size for name in absent)
             fix = "free some, or name another disk's folder as `cache_dir`"
@@ -98,9 +103,9 @@ class Snapshot:
         Raises:
             CheckpointError: HUB-* codes; ST-* and IDX-* codes for what is wrong before anything is downloaded.
         """
-        self.fetch(INDEX)
+        self.fetch(optional=(INDEX,))
         shards = self._shards()
-        absent = [name for name in shards if not exists(self.folder / name)]
+        absent = [name for name in shards if not (self.folder / name).exists()]
         if absent and self.files is None:
             self._refuse_offline(absent)
         if absent and self.files is not None and self.online:
@@ -124,16 +129,16 @@ class Snapshot:
         Raises:
             CheckpointError: HUB-*, ST-* and IDX-* codes, as for `fetch_weights`.
         """
-        self.fetch(INDEX)
+        self.fetch(optional=(INDEX,))
         shards = self._shards()
-        if not self.online and (absent := [shard for shard in shards if not exists(self.folder / shard)]):
+        if not self.online and (absent := [shard for shard in shards if not (self.folder / shard).exists()]):
             self._refuse_offline(absent)
         return self._headers(shards)
 
     def _shards(self) -> list[str]:
         """The files of weights: those in the index, or the single one."""
-        listed = self.files if self.files is not None else [SINGLE] * exists(self.folder / SINGLE)
-        if not exists(self.folder / INDEX):
+        listed = self.files if self.files is not None else [SINGLE] * (self.folder / SINGLE).exists()
+        if not (self.folder / INDEX).exists():
             if SINGLE in listed:
                 return [SINGLE]
             if self.files is None:
@@ -163,7 +168,7 @@ class Snapshot:
             return f"{self.repo}@{self.commit[:8]}/{shard}"
 
         def read(shard: str) -> dict[str, Entry]:
-            if exists(self.folder / shard):
+            if (self.folder / shard).exists():
                 with io.FileIO(self.folder / shard) as file:
                     return read_header(file, place(shard))
             found = retrying(
@@ -219,7 +224,7 @@ class Snapshot:
         expected, path = self._expected(name), self.folder / name
         wrong = 0
         while wrong < _TRIES:
-            came = 0 if exists(path) else self._download(name, advance)
+            came = 0 if path.exists() else self._download(name, advance)
             if expected is None:
                 return
             try:
