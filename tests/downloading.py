@@ -30,7 +30,7 @@ def weights(model) -> bytes:
     return b"".join(np.asarray(leaf).tobytes() for leaf in leaf_paths(model).values())
 
 
-def refused(code: str, *parts: str, where: str = REPO, **options) -> CheckpointError:
+def refused(code: str, *parts: str, where: str | pathlib.Path = REPO, **options) -> CheckpointError:
     with pytest.raises(CheckpointError) as caught:
         eqx_moe.from_pretrained(where, **options)
     assert caught.value.code == code, caught.value

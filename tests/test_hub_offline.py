@@ -110,9 +110,9 @@ def test_what_others_filled_is_loaded_without_a_request(hub, saved, right, tmp_p
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     elif way == "unreachable":
         hub.connect(monkeypatch.setattr, "http://127.0.0.1:9")
-    options = {"local_files_only": way == "argument"}
-    assert weights(eqx_moe.from_pretrained(REPO, **options)) == right
-    assert eqx_moe.load_tokenizer(REPO, **options).to_str() == tiny.tokenizer().to_str()
+    only = way == "argument"
+    assert weights(eqx_moe.from_pretrained(REPO, local_files_only=only)) == right
+    assert eqx_moe.load_tokenizer(REPO, local_files_only=only).to_str() == tiny.tokenizer().to_str()
     assert not hub.requests and sum(hub.naps) <= 2
 
 

@@ -13,6 +13,8 @@ from eqx_moe.errors import CheckpointError, quote
 
 T = TypeVar("T")
 
+#: What the Hub is told that asks.
+LIBRARY = "eqx_moe"
 #: Seconds between tries.
 WAITS = (1.0, 2.0, 4.0, 8.0)
 #: Seconds for which an answer to a request about a repo is waited for.
@@ -41,7 +43,7 @@ def api(token: str | bool | None) -> Any:
     """A `huggingface_hub.HfApi`, which sends `token`, or with None the one that the user is logged in with."""
     from huggingface_hub import HfApi
 
-    return HfApi(token=token, library_name="eqx_moe", library_version=__version__)
+    return HfApi(token=token, library_name=LIBRARY, library_version=__version__)
 
 
 def retrying(call: Callable[[], T], waits: tuple[float, ...] = WAITS) -> T:
@@ -159,6 +161,10 @@ def explain(error: Exception, doing: str, repo: str, *, revision: str | None = N
 
 def _is_the_clients(error: Exception) -> bool:
     """Whether an error was raised in the client, and is not the system's about a file."""
+    from huggingface_hub.utils import httpx
+
+    if isinstance(error, httpx.HTTPError):
+        return True
     if isinstance(error, CheckpointError) or (isinstance(error, OSError) and error.errno is not None):
         return False
     modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))

@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import secrets
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,12 +23,13 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from eqx_moe import __version__
 from eqx_moe.checkpoint.files import plain_name
 from eqx_moe.checkpoint.header import Entry, read_header
 from eqx_moe.checkpoint.jsonfile import read_json
 from eqx_moe.checkpoint.shards import INDEX, SINGLE, Stored
 from eqx_moe.errors import CheckpointError, quote
-from eqx_moe.remote.client import TIMEOUT, WAITS, api, explain, is_transient, is_unreachable, retrying
+from eqx_moe.remote.client import LIBRARY, TIMEOUT, WAITS, api, explain, is_transient, is_unreachable, retrying
 from eqx_moe.remote.space import check_disk, free_disk, gigabytes
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -35,6 +37,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _THREADS = 4
 _TRIES = 3  # of a file that comes with wrong bytes
 _OURS = ".eqx_moe"
+# Of a file of weights: how many bytes are asked for first, which is all of most headers, and how many at most. A longer
+# header is refused for its length.
+_FIRST, _LONGEST = 100_000, 100_000_008
 
 _log = logging.getLogger("eqx_moe")
 
@@ -158,11 +163,7 @@ class Snapshot:
         return shards
 
     def _headers(self, shards: list[str]) -> dict[str, Stored]:
-        """All tensors of the shards: a range of each file, not the file.
-
-        `HfApi.get_safetensors_metadata` does this for whole repos, but puts the index into the default cache.
-        """
-        from huggingface_hub.errors import SafetensorsParsingError
+        """All tensors of the shards: a range of each file, not the file."""
 
         def place(shard: str) -> str:
             return f"{self.repo}@{self.commit[:8]}/{shard}"
@@ -171,14 +172,7 @@ class Snapshot:
             if (self.folder / shard).exists():
                 with io.FileIO(self.folder / shard) as file:
                     return read_header(file, place(shard))
-            found = retrying(
-                lambda: self.client.parse_safetensors_file_metadata(
-                    self.repo, shard, revision=self.commit, timeout=TIMEOUT
-                )
-            )
-            return {
-                name: Entry(info.dtype, tuple(info.shape), *info.data_offsets) for name, info in found.tensors.items()
-            }
+            return self._remote_header(shard, place(shard))
 
         tensors: dict[str, Stored] = {}
         # Nothing is read from what is not here.
@@ -188,11 +182,52 @@ class Snapshot:
             with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
                 for shard, entries in zip(shards, pool.map(read, shards), strict=True):
                     tensors |= {name: Stored(nothing, place(shard), entry) for name, entry in entries.items()}
-        except SafetensorsParsingError as error:
-            self._refuse("ST-HEADER", "safetensors files", quote(str(error).splitlines()[0]), "name another repo")
         except Exception as error:
             explain(error, self.doing, self.repo, token=self.client.token)
         return tensors
+
+    def _remote_header(self, shard: str, place: str) -> dict[str, Entry]:
+        """The header of a file that is not here, by the checks that the whole file will have to pass.
+
+        `HfApi.parse_safetensors_file_metadata` checks neither shapes nor offsets, and ends some malformed headers with
+        an error of Python's own.
+        """
+        assert self.files is not None
+        size = self.files[shard].size
+        with tempfile.TemporaryFile(buffering=0) as file:
+            try:
+                file.truncate(size)  # As long as the file, without taking up its room: the rest is a hole.
+            except (OSError, OverflowError):
+                self._refuse("HUB-FILE", "a size that there can be", f"{size} bytes", "name another repo", shard)
+            if size:
+                retrying(lambda: self._first_bytes(shard, min(size, _FIRST), file))
+            file.seek(0)
+            needed = 8 + int.from_bytes(file.read(8), "little")
+            if _FIRST < needed <= min(size, _LONGEST):
+                retrying(lambda: self._first_bytes(shard, needed, file))
+            return read_header(file, place)
+
+    def _first_bytes(self, shard: str, count: int, file: io.FileIO) -> None:
+        """Writes the first bytes of a file of the repo, which has as many, to the start of `file`."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff, httpx
+
+        url = hf_hub_url(self.repo, shard, revision=self.commit, endpoint=self.client.endpoint)
+        headers = build_hf_headers(token=self.client.token, library_name=LIBRARY, library_version=__version__)
+        headers |= {"range": f"bytes=0-{count - 1}", "accept-encoding": "identity"}
+        file.seek(0)
+        came = 0
+        with http_stream_backoff(
+            "GET", url, headers=headers, timeout=TIMEOUT, retry_on_exceptions=(), retry_on_status_codes=()
+        ) as response:
+            hf_raise_for_status(response)
+            for piece in response.iter_bytes():
+                file.write(piece[: count - came])
+                came += len(piece)
+                if came > count:  # Who knows no ranges sends the whole file.
+                    break
+        if came < count:
+            raise httpx.RemoteProtocolError(f"{came} of {count} bytes came")
 
     def _each(self, names: tuple[str, ...], size: int) -> None:
         """Downloads what is absent and checks what has not been, a few files at a time, under one bar in bytes."""
