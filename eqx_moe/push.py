@@ -35,7 +35,7 @@ from eqx_moe.remote.upload import Content, check_push, push
 
 _DOING = "pushing a model"
 # What goes to the Hub with the weights of a folder, if it is there.
-_BESIDE = (INDEX, CHECKSUMS, "config.json", "generation_config.json", "chat_template.jinja", "README.md")
+_BESIDE = (INDEX, "config.json", "generation_config.json", "chat_template.jinja", "README.md")
 _BESIDE += ("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
 _BESIDE += ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
 _BESIDE += ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
@@ -137,7 +137,7 @@ def push_folder(
     address = push(
         repo_id, files, card=card, private=private, revision=None, message=None, create_pr=False, token=token
     )
-    return address, sorted(entry.name for entry in path.iterdir() if entry.name not in files)
+    return address, sorted(entry.name for entry in path.iterdir() if entry.name not in {*files, CHECKSUMS})
 
 
 def _earlier(repo: str, revision: str | None, token: str | bool | None) -> pathlib.Path | None:

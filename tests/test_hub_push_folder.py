@@ -1,0 +1,44 @@
+"""Pushing folders that others wrote: what arrives can be verified and loads, or nothing is sent."""
+
+import json
+import pathlib
+
+import pytest
+import tiny
+
+import eqx_moe
+from eqx_moe.push import push_folder
+
+REPO = "org/tiny-model"
+
+
+@pytest.fixture
+def folder(tmp_path) -> pathlib.Path:
+    eqx_moe.save_pretrained(tiny.model(), tmp_path / "folder", tiny.tokenizer(), max_shard_size=10_000)
+    return tmp_path / "folder"
+
+
+def renamed(folder: pathlib.Path, old: str, new: str) -> None:
+    """Other names for the shards, in the folder and in its index."""
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(old, new))
+    for file in folder.glob(f"*{old}*"):
+        file.rename(folder / file.name.replace(old, new))
+
+
+@pytest.mark.parametrize("sums", ["none", "stale", "garbage", "right"])
+@pytest.mark.parametrize("names", ["model-", "part."])
+def test_checksums_are_of_what_was_pushed(hub, folder, sums, names):
+    """Transformers writes none, and leaves old ones as they are."""
+    renamed(folder, "model-", names)
+    file = folder / "eqx_moe.json"
+    stale = dict.fromkeys(json.loads(file.read_text())["sha256"], "0" * 64)
+    if sums == "none":
+        file.unlink()
+    elif sums != "right":
+        file.write_text(json.dumps({"sha256": stale}) if sums == "stale" else "{")
+    _, left_out = push_folder(folder, REPO)
+    assert not left_out and hub.commits == 1
+    eqx_moe.from_pretrained(REPO, verify=True)
+    listed = json.loads(hub.repos[REPO].files()["eqx_moe.json"])["sha256"]
+    assert set(listed) == {name for name in hub.repos[REPO].files() if "safetensors" in name}
