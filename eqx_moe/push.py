@@ -18,12 +18,15 @@ from eqx_moe.checkpoint.shards import INDEX, open_weights
 from eqx_moe.checkpoint.writer import is_of_one_process, weight_files
 from eqx_moe.errors import CheckpointError
 from eqx_moe.hub import (
+    TOKENIZER,
     TOKENIZER_CONFIG,
     dtype_of_most,
     dtype_to_save,
+    load_tokenizer,
     local_folder,
     match_weights,
     read_config,
+    read_generation_config,
     small_files,
     to_write,
 )
@@ -36,7 +39,7 @@ from eqx_moe.remote.upload import Content, check_push, push
 _DOING = "pushing a model"
 # What goes to the Hub with the weights of a folder, if it is there.
 _BESIDE = (INDEX, "config.json", "generation_config.json", "chat_template.jinja", "README.md")
-_BESIDE += ("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
+_BESIDE += (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
 _BESIDE += ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
 _BESIDE += ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 
@@ -117,12 +120,15 @@ def push_folder(
 
     Raises:
         ValueError: `repo_id` is no name of a repo.
-        CheckpointError: the folder has no model that would load; HUB-* codes.
+        CheckpointError: the folder's model, generation config or tokenizer would not load; HUB-* codes.
     """
     check_push(repo_id, None, False)
     path = local_folder(folder, _DOING)
     config = read_config(path)
     model = skeleton(config)
+    read_generation_config(path, config)
+    if exists(path / TOKENIZER):
+        load_tokenizer(path)
     with open_weights(path) as opened:
         stored = decoded(opened)
         match_weights(stored, path, config, one_dtype=False)

@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 import eqx_moe
+from eqx_moe.errors import CheckpointError
 from eqx_moe.push import push_folder
 
 REPO = "org/tiny-model"
@@ -42,3 +43,22 @@ def test_checksums_are_of_what_was_pushed(hub, folder, sums, names):
     eqx_moe.from_pretrained(REPO, verify=True)
     listed = json.loads(hub.repos[REPO].files()["eqx_moe.json"])["sha256"]
     assert set(listed) == {name for name in hub.repos[REPO].files() if "safetensors" in name}
+
+
+@pytest.mark.parametrize(
+    "file, content, code",
+    [
+        ("generation_config.json", "{", "CFG-JSON"),
+        ("generation_config.json", '{"eos_token_id": "none"}', "CFG-VALUE"),
+        ("tokenizer.json", "{", "TOK-JSON"),
+        ("tokenizer.json", '{"model": {}}', "TOK-LOAD"),
+    ],
+)
+def test_what_would_not_load_is_not_pushed(hub, folder, file, content, code):
+    (folder / file).write_text(content)
+    with pytest.raises(CheckpointError, match=code):
+        push_folder(folder, REPO)
+    assert not hub.requests
+    (folder / file).unlink()
+    push_folder(folder, REPO)
+    eqx_moe.from_pretrained(REPO)
