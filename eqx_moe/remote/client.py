@@ -24,7 +24,10 @@ _TRANSIENT = (408, 429, 500, 502, 503, 504)
 # A user or organisation, and a name: what the Hub allows.
 _REPO = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?/[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{8,}")
-_SIGNED = re.compile(r"(https?://[^\s?'\"<>]*)\?[^\s'\"<>]*(?:signature|token|credential)[^\s'\"<>]*", re.IGNORECASE)
+_SIGNED = re.compile(
+    r"\?[^\s?'\"<>]*(?:signature|token|credential|x-amz-|x-goog-|key-pair-id)[^\s'\"<>]*", re.IGNORECASE
+)
+_TAIL = re.compile(r"\(…\)[^\s'\"<>)]*")  # the last 40 characters of a URL, as the client shows it
 _CREDENTIALS = re.compile(r"(https?://)[^\s/@'\"<>]+@")
 
 
@@ -40,9 +43,19 @@ def is_repo(name: object) -> bool:
 
 
 def api(token: str | bool | None) -> Any:
-    """A `huggingface_hub.HfApi`, which sends `token`, or with None the one that the user is logged in with."""
+    """A `huggingface_hub.HfApi`, which sends `token`, or with None the one that the user is logged in with.
+
+    Raises:
+        ValueError: it is no text that can be sent.
+    """
     from huggingface_hub import HfApi
 
+    if isinstance(token, str):
+        token = token.strip()
+    sent = token if isinstance(token, str) else None if token is False else _login()
+    # What it is would be shown by the client as it fails, and must not be here.
+    if sent is not None and not re.fullmatch("[!-~]+", sent):
+        raise ValueError("`token` (or HF_TOKEN, or the login) must be printable ASCII and not empty; got another one.")
     return HfApi(token=token, library_name=LIBRARY, library_version=__version__)
 
 
@@ -77,6 +90,8 @@ def is_transient(error: BaseException) -> bool:
         # The second is what the client raises when it has itself tried enough.
         if isinstance(cause, OfflineModeIsEnabled | LocalEntryNotFoundError):
             return False
+        if isinstance(cause, httpx.LocalProtocolError | httpx.UnsupportedProtocol):
+            return False
         if isinstance(cause, httpx.TransportError | json.JSONDecodeError):
             return True
         if (status := _status(cause)) is not None:
@@ -90,7 +105,8 @@ def is_unreachable(error: BaseException) -> bool:
     from huggingface_hub.errors import OfflineModeIsEnabled
     from huggingface_hub.utils import httpx
 
-    return any(isinstance(cause, OfflineModeIsEnabled | httpx.TransportError) for cause in chain(error))
+    causes = [cause for cause in chain(error) if not isinstance(cause, httpx.LocalProtocolError)]
+    return any(isinstance(cause, OfflineModeIsEnabled | httpx.TransportError) for cause in causes)
 
 
 def is_conflict(error: BaseException) -> bool:
@@ -110,9 +126,23 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 def redact(text: str, *tokens: object) -> str:
     """The text without tokens, without credentials and without the queries of signed URLs."""
     for token in tokens:
-        if isinstance(token, str) and token:
-            text = text.replace(token, "hf_...")
-    return _CREDENTIALS.sub(r"\1...@", _SIGNED.sub(r"\1?...", _TOKEN.sub("hf_...", text)))
+        if isinstance(token, str) and token.strip():
+            for form in (token.strip(), repr(token.strip())[1:-1]):
+                text = text.replace(form, "hf_...")
+    text = _TAIL.sub("...", _SIGNED.sub("?...", _TOKEN.sub("hf_...", text)))
+    return _CREDENTIALS.sub(r"\1...@", text)
+
+
+def _shows_no_secret(error: BaseException, secrets: tuple[object, ...]) -> bool:
+    """Whether neither an error nor any behind it has something to redact in it."""
+    behind, seen = [error], set()
+    while behind:
+        each = behind.pop()
+        if any(redact(text, *secrets) != text for text in (str(each), repr(each))):
+            return False
+        seen.add(id(each))
+        behind += [other for other in (each.__cause__, each.__context__) if other is not None and id(other) not in seen]
+    return True
 
 
 def explain(error: Exception, doing: str, repo: str, *, revision: str | None = None, token: object = None) -> NoReturn:
@@ -127,13 +157,15 @@ def explain(error: Exception, doing: str, repo: str, *, revision: str | None = N
         raise error
     secrets = (token, _login())
     causes = list(chain(error))
-    shown = error if all(redact(str(cause), *secrets) == str(cause) for cause in causes) else None
+    shown = error if _shows_no_secret(error, secrets) else None
     status = _first_status(error)
 
     def say(code: str, expected: str, found: str, fix: str, item: str = "") -> NoReturn:
-        raise CheckpointError(
-            code=code, doing=doing, file=repo, item=item, expected=expected, found=found, fix=fix
-        ) from shown
+        refusal = CheckpointError(code=code, doing=doing, file=repo, item=item, expected=expected, found=found, fix=fix)
+        try:
+            raise refusal from shown
+        finally:
+            refusal.__context__ = shown  # Python has put `error` here.
 
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         fix = "ask for access on the repo's page, then log in with `hf auth login` or pass `token`"
