@@ -13,8 +13,6 @@ from eqx_moe.errors import CheckpointError, quote
 
 T = TypeVar("T")
 
-#: What the Hub is told that asks.
-LIBRARY = "eqx_moe"
 #: Seconds between tries.
 WAITS = (1.0, 2.0, 4.0, 8.0)
 #: Seconds for which an answer to a request about a repo is waited for.
@@ -28,6 +26,14 @@ _SIGNED = re.compile(
     r"\?[^\s?'\"<>]*(?:signature|token|credential|x-amz-|x-goog-|key-pair-id)[^\s'\"<>]*", re.IGNORECASE
 )
 _TAIL = re.compile(r"\(…\)[^\s'\"<>)]*")  # the last 40 characters of a URL, as the client shows it
+# What does not pass by itself.
+_GONE = "look whether the repo and its files are still there, and whether HF_ENDPOINT is a Hub"
+_REFUSED = "see what the Hub says of the request; if that is nothing, update huggingface_hub"
+_FIXES = {
+    **{400: _REFUSED, 422: _REFUSED, 404: _GONE, 410: _GONE},
+    413: "send smaller files: the Hub or a proxy before it takes none of this size; see `max_shard_size`",
+    507: "make room in the account's storage: the Hub has none left for this",
+}
 _CREDENTIALS = re.compile(r"(https?://)[^\s/@'\"<>]+@")
 
 
@@ -39,6 +45,16 @@ def is_repo(name: object) -> bool:
         and _REPO.fullmatch(name) is not None
         and not any(mark in name for mark in ("--", "..", ".git/"))
         and not name.endswith(".git")
+    )
+
+
+def is_revision(name: str) -> bool:
+    """Whether git takes `name` for a branch or a tag (`git check-ref-format`), or it may be a commit."""
+    parts = name.split("/")
+    return (
+        name.isprintable()
+        and not re.search(r"[ ~^:?*\[\\]|\.\.|@\{|^-|\.$|^@$", name)
+        and all(part and not part.startswith(".") and not part.endswith(".lock") for part in parts)
     )
 
 
@@ -56,7 +72,7 @@ def api(token: str | bool | None) -> Any:
     # What it is would be shown by the client as it fails, and must not be here.
     if sent is not None and not re.fullmatch("[!-~]+", sent):
         raise ValueError("`token` (or HF_TOKEN, or the login) must be printable ASCII and not empty; got another one.")
-    return HfApi(token=token, library_name=LIBRARY, library_version=__version__)
+    return HfApi(token=token, library_name="eqx_moe", library_version=__version__)
 
 
 def retrying(call: Callable[[], T], waits: tuple[float, ...] = WAITS) -> T:
@@ -179,7 +195,7 @@ def explain(error: Exception, doing: str, repo: str, *, revision: str | None = N
     if status in (401, 403):
         fix = "log in with `hf auth login`, or pass a `token` that may do this"
         say("HUB-ACCESS", "the right to do this", _title(status) + _said(causes, secrets), fix)
-    if status == 412:
+    if status == 412 or (status == 409 and any(_is_of_a_commit(cause) for cause in causes)):
         fix = "look at what was committed, and push again to put the model after it"
         say("HUB-CONFLICT", "a branch that stays as it is", "another commit to it meanwhile", fix)
     if status is None and is_unreachable(error):
@@ -188,7 +204,8 @@ def explain(error: Exception, doing: str, repo: str, *, revision: str | None = N
     found = type(error).__name__ if status is None else _title(status) + _said(causes, secrets)
     if status is None and str(error):
         found += f": {quote(redact(str(error).strip().splitlines()[0], *secrets))}"
-    say("HUB-FAILED", "an answer as the Hub gives it", found, "run it again later: nothing whole is sent twice")
+    fix = _FIXES.get(status or 0, "run it again later: nothing whole is sent twice")
+    say("HUB-FAILED", "an answer as the Hub gives it", found, fix)
 
 
 def _is_the_clients(error: Exception) -> bool:
@@ -205,6 +222,10 @@ def _is_the_clients(error: Exception) -> bool:
 
 def _status(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _is_of_a_commit(error: BaseException) -> bool:
+    return "/commit/" in str(getattr(getattr(error, "response", None), "url", ""))
 
 
 def _first_status(error: BaseException) -> int | None:

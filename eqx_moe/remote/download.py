@@ -23,13 +23,12 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from eqx_moe import __version__
 from eqx_moe.checkpoint.files import plain_name
 from eqx_moe.checkpoint.header import Entry, read_header
 from eqx_moe.checkpoint.jsonfile import read_json
 from eqx_moe.checkpoint.shards import INDEX, SINGLE, Stored
 from eqx_moe.errors import CheckpointError, quote
-from eqx_moe.remote.client import LIBRARY, TIMEOUT, WAITS, api, explain, is_transient, is_unreachable, retrying
+from eqx_moe.remote.client import TIMEOUT, WAITS, api, explain, is_revision, is_transient, is_unreachable, retrying
 from eqx_moe.remote.space import check_disk, free_disk, gigabytes
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -213,7 +212,11 @@ class Snapshot:
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff, httpx
 
         url = hf_hub_url(self.repo, shard, revision=self.commit, endpoint=self.client.endpoint)
-        headers = build_hf_headers(token=self.client.token, library_name=LIBRARY, library_version=__version__)
+        headers = build_hf_headers(
+            token=self.client.token,
+            library_name=self.client.library_name,
+            library_version=self.client.library_version,
+        )
         headers |= {"range": f"bytes=0-{count - 1}", "accept-encoding": "identity"}
         file.seek(0)
         came = 0
@@ -362,7 +365,7 @@ def open_snapshot(
     from huggingface_hub import constants
 
     named = revision or "main"
-    if not re.fullmatch(r"[A-Za-z0-9._/+-]+", named) or ".." in named or named.startswith(("/", "-")):
+    if not is_revision(named):
         raise ValueError(f"`revision` must be the name of a branch or tag, or a commit; got {revision!r}.")
     client = api(token)
     root = pathlib.Path(cache_dir or constants.HF_HUB_CACHE).expanduser() / f"models--{repo.replace('/', '--')}"

@@ -28,6 +28,7 @@ from eqx_moe.remote.client import (
     explain,
     is_conflict,
     is_repo,
+    is_revision,
     is_transient,
     retrying,
     seconds_to_wait,
@@ -50,6 +51,8 @@ def check_push(repo: str, revision: str | None, create_pr: bool) -> None:
     """
     if not is_repo(repo):
         raise ValueError(f'`repo_id` must be the name of a repo, "org/name"; got {repo!r}.')
+    if revision and (not is_revision(revision) or re.fullmatch("HEAD|[0-9a-f]{40}", revision)):
+        raise ValueError(f"`revision` must be what git takes as the name of a branch; got {revision!r}.")
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"The Hub opens pull requests against main only; got `create_pr` and {revision=}.")
 
