@@ -48,6 +48,7 @@ from eqx_moe.remote.download import Snapshot, open_snapshot
 from eqx_moe.remote.space import check_memory, gigabytes, memory_needs
 
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
+_MISTRAL = "params.json"  # beside consolidated.safetensors: Mistral's own layout
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 #: With tied embeddings some writers store the head all the same.
 TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
@@ -130,7 +131,9 @@ def read_config(folder: pathlib.Path) -> Any:
             file=str(file),
             expected=f"a folder with {_CONFIG}",
             found=listing(file.parent),
-            fix="check the folder's name, or download the model again",
+            fix="python -m convert.from_mistral makes of it a folder that is read here"
+            if exists(folder / _MISTRAL)
+            else "check the folder's name, or download the model again",
         )
     return parse_config(read_json(file, "config", doing="loading a config"), str(file))
 
@@ -206,7 +209,7 @@ def from_pretrained(
 
     Args:
         repo_or_folder: a local folder, or the name of a repo, "org/name".
-        dtype: "auto" keeps every tensor as it is stored; a float dtype or its name casts all but those that the family
+        dtype: "auto" keeps every tensor as it is stored, a float dtype or its name casts all, but those that the family
             keeps in float32; None is "auto" on an accelerator and float32 on a CPU.
         mesh: the devices to spread the weights over, see `eqx_moe.sharding`. The host holds a leaf at a time, and no
             device more than its parts. In a program of several processes all call this, each with the folder at hand.
@@ -244,7 +247,10 @@ def from_pretrained(
         verify=verify,
         shardings=None if mesh is None else plan_sharding(model, mesh).shardings,
     )
-    return dataclasses.replace(replace_leaves(model, leaves), generation_config=generation_config)
+    if config.dtype is None:  # gpt-oss's releases name none
+        with open_weights(folder) as opened:
+            config = dataclasses.replace(config, dtype=dtype_of_most(decoded(opened)))
+    return dataclasses.replace(replace_leaves(model, leaves), config=config, generation_config=generation_config)
 
 
 def save_pretrained(
@@ -319,7 +325,8 @@ def _source(
 ) -> pathlib.Path | Snapshot:
     """The folder, or the commit of a repo on the Hub, that a user's text stands for."""
     if not isinstance(where, str) or not is_repo(where) or exists(pathlib.Path(where)):
-        return local_folder(where, doing, 'a local folder, or the name "org/name" of a repo on the Hub')
+        or_repo = ', or the name "org/name" of a repo on the Hub' if isinstance(where, str) else ""
+        return local_folder(where, doing, f"a local folder{or_repo}")
     return open_snapshot(
         where,
         revision=revision,

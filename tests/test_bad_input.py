@@ -196,6 +196,7 @@ HEADERS = {
     "half-a-million-keys": (b"{" + b",".join(b'"%d":1' % i for i in range(500_000)) + b"}", ""),
     "a-long-name": (b'{"' + b"x" * 20_000_000 + b'":1}', ""),
     "a-wide-name": (('{"' + "x" * 15_000_000 + "\U0001f600" + '":1}').encode(), ""),
+    "a-name-widened-by-an-escape": (b'{"' + b"x" * 15_000_000 + b'\\ud83d\\ude00":1}', ""),
 }
 SHAPES = {
     "negative": [-3],
@@ -330,6 +331,11 @@ TENSORS = {
         "../../\x1b[31m\n",
     ),
     "extra-long-name": (lambda tensors: tensors | {"x" * 10_000: np.zeros(3, "f4")}, "ST-EXTRA", "x" * 10_000),
+    "a-hundred-thousand-extra": (
+        lambda tensors: tensors | {f"x.{i}.{'q' * (i % 40)}": np.zeros(0, "f4") for i in range(40_000)},
+        "ST-EXTRA",
+        "x.0.",
+    ),
     "both-layouts": (
         lambda tensors: tensors | {"model.layers.0.mlp.experts.down_proj": np.zeros((5, 12, 17), "f4")},
         "ST-EXTRA",
@@ -448,6 +454,7 @@ JOURNALS = {
     "removes-a-config": b'{"token": "0123456789abcdef", "files": [], "stale": ["config.json"]}',
     "removes-outside": b'{"token": "0123456789abcdef", "files": [], "stale": ["../model.safetensors"]}',
     "number": b'{"token": "0123456789abcdef", "files": [1], "stale": []}',
+    "half-a-surrogate-pair": b'{"token": "0123456789abcdef", "files": ["\\ud800"], "stale": []}',
 }
 
 
@@ -596,6 +603,12 @@ FILES = {
     "index-missing": (lambda folder: (folder / INDEX).unlink(), "IDX-SHARD", "model", SHARD1),
     "wrong-shard": (remap(NORM, SHARD1), "IDX-MISMATCH", INDEX, NORM),
     "absent-tensor": (remap("model.ghost.weight", SHARD1), "IDX-MISMATCH", INDEX, "model.ghost.weight"),
+    "a-hundred-thousand-absent-tensors": (
+        lambda folder: edit(folder / INDEX, weight_map={f"x.{i}.{'z' * (i % 50)}": SHARD1 for i in range(150_000)}),
+        "IDX-MISMATCH",
+        INDEX,
+        "x.0.",
+    ),
     "unlisted-tensor": (unlist, "IDX-MISMATCH", INDEX, NORM),
     "stored-twice": (store_twice, "IDX-MISMATCH", INDEX, EMBED),
     "two-models": (lambda folder: shutil.copy(folder / SHARD1, folder / SINGLE), "IDX-AMBIGUOUS", INDEX, SINGLE),
@@ -636,11 +649,30 @@ def test_a_shard_without_permission(sharded, refused):
 
 @pytest.mark.parametrize("load", [eqx_moe.from_pretrained, eqx_moe.load_config, eqx_moe.load_tokenizer])
 def test_no_folder(tmp_path, refused, load):
-    error = refused(tmp_path / "nothing", "CFG-FOLDER", "nothing", load=load)
+    error = refused(str(tmp_path / "nothing"), "CFG-FOLDER", "nothing", load=load)
     assert "repo on the Hub" in error.expected
+    # A path is never the name of a repo.
+    assert "repo" not in refused(tmp_path / "nothing", "CFG-FOLDER", "nothing", load=load).expected
     (tmp_path / "file").write_text("x")
     refused(tmp_path / "file", "CFG-FOLDER", "file", load=load)
     refused(pathlib.Path("mistralai/Mixtral-8x7B-v0.1"), "CFG-FOLDER", "Mixtral-8x7B-v0.1", load=load)
+
+
+def test_a_folder_in_mistrals_own_layout(tmp_path, refused):
+    (tmp_path / "params.json").write_text("{}")
+    assert "convert.from_mistral" in refused(tmp_path, "CFG-MISSING", CONFIG).fix
+
+
+def test_a_folder_where_a_file_is_to_go(single, refused):
+    """Found before anything is changed: what was there loads as before."""
+    model = eqx_moe.from_pretrained(single)
+    (single / "eqx_moe.json").unlink()
+    (single / "eqx_moe.json").mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        eqx_moe.save_pretrained(model, single)
+    check(caught.value, "ST-SAVE", "model", "eqx_moe.json")
+    assert not list(single.glob(".*"))
+    eqx_moe.from_pretrained(single)
 
 
 def test_an_empty_folder(tmp_path, refused):
@@ -690,6 +722,8 @@ CONFIGS = {
     },
     **{f"vocab-{i}": ("vocab_size", v, "CFG-VALUE") for i, v in enumerate((0, -1, "29", 29.0, True, None, [], 10**12))},
     "layers-billion": ("num_hidden_layers", 10**9, "CFG-VALUE"),
+    "layers-thousand": ("num_hidden_layers", 1000, "CFG-VALUE"),
+    "experts-billion": ("num_local_experts", 10**9, "CFG-VALUE"),
     "layers-zero": ("num_hidden_layers", 0, "CFG-VALUE"),
     "heads-not-dividing": ("num_key_value_heads", 4, "CFG-VALUE"),
     "top-k-too-many": ("num_experts_per_tok", 6, "CFG-VALUE"),
@@ -706,6 +740,8 @@ MISFITS = {
     "one-layer-less": ("num_hidden_layers", 1, "ST-EXTRA"),
     "one-expert-more": ("num_local_experts", 6, "ST-MISSING"),
     "one-expert-less": ("num_local_experts", 4, "ST-EXTRA"),
+    "many-layers-more": ("num_hidden_layers", 200, "ST-MISSING"),
+    "many-experts-more": ("num_local_experts", 8000, "ST-MISSING"),
     "hidden-one-more": ("hidden_size", 13, "ST-SHAPE"),
     "hidden-huge": ("hidden_size", 2**31 - 1, "ST-SHAPE"),
     "vocab-one-more": ("vocab_size", 30, "ST-SHAPE"),
@@ -855,6 +891,9 @@ LOOKALIKES = {
     "byte-order-mark": lambda folder: (folder / CONFIG).write_bytes(b"\xef\xbb\xbf" + (folder / CONFIG).read_bytes()),
     "code-and-pickles-beside": canary,
     "unknown-key": lambda folder: edit(folder / CONFIG, a_new_key={"x": [1]}),
+    "no-limit-as-transformers-writes-it": lambda folder: edit(
+        folder / "tokenizer_config.json", model_max_length=int(1e30)
+    ),
 }
 
 
@@ -870,6 +909,10 @@ def test_an_odd_folder_loads(made, sharded, name, monkeypatch):
     np.testing.assert_array_equal(leaves["head.weight"], right[HEAD])
     assert loaded.generation_config.eos_token_id == (2,)
     assert not (sharded.parent / "canary").exists() and not (sharded / "canary").exists()
+    # And is saved into, with what its small files say.
+    folder = folder if isinstance(folder, pathlib.Path) else sharded
+    eqx_moe.save_pretrained(loaded, folder, eqx_moe.load_tokenizer(folder))
+    assert json.loads((folder / CONFIG).read_text()).get("auto_map") is None
 
 
 def test_a_tied_head_stored_equal(single):
@@ -892,6 +935,6 @@ def test_every_code_is_documented(root):
     used = set()
     for path in (root / "eqx_moe").rglob("*.py"):
         if path.name != "errors.py":
-            used |= set(re.findall(r'"((?:CFG|ST|IDX|SUM|TOK|HUB|DATA)-[A-Z0-9-]+)"', path.read_text()))
+            used |= set(re.findall(r'"((?:CFG|ST|IDX|SUM|TOK|HUB|DATA|COUNTS)-[A-Z0-9-]+)"', path.read_text()))
     composed = {f"{kind}-{part}" for kind in ("CFG", "IDX", "SUM", "TOK") for part in ("FILE", "JSON")}
     assert used | composed == set(CODES)

@@ -62,3 +62,13 @@ def test_what_would_not_load_is_not_pushed(hub, folder, file, content, code):
     (folder / file).unlink()
     push_folder(folder, REPO)
     eqx_moe.from_pretrained(REPO)
+
+
+def test_another_model_takes_the_place_of_shards_with_six_digits(hub, folder):
+    """As in `model-00001-of-000163.safetensors`, which is how DeepSeek-V3's are named."""
+    renamed(folder, "-of-00004", "-of-000004")
+    push_folder(folder, REPO)
+    assert len([name for name in hub.repos[REPO].files() if "-of-000004.safetensors" in name]) == 4
+    eqx_moe.push_to_hub(tiny.model(seed=4), REPO)
+    assert [name for name in hub.repos[REPO].files() if "safetensors" in name] == ["model.safetensors"]
+    eqx_moe.from_pretrained(REPO, verify=True)

@@ -83,7 +83,7 @@ def save_leaves(
             for name, content in (other_files or {}).items():
                 new.write(name, (content,))
             new.write(CHECKSUMS, (checksums_json(sums),))
-            there = [entry.name for entry in folder.iterdir()]
+            there = [entry.name for entry in folder.iterdir() if not entry.is_dir()]
             new.commit([name for name in there if WEIGHTS.fullmatch(name) and name not in sums])
     else:
         # The same gathering in the same order; what it brings is for the first process to write.
