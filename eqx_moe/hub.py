@@ -49,7 +49,7 @@ from eqx_moe.remote.space import check_memory, gigabytes, memory_needs
 
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _MISTRAL = "params.json"  # beside consolidated.safetensors: Mistral's own layout
-_TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 #: With tied embeddings some writers store the head all the same.
 TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
 #: Layouts that are written. What else a family has in its table (a quantised release, say) is read only.
@@ -138,6 +138,15 @@ def read_config(folder: pathlib.Path) -> Any:
     return parse_config(read_json(file, "config", doing="loading a config"), str(file))
 
 
+def read_generation_config(folder: pathlib.Path, config: Any) -> Any:
+    """The generation config in a folder, None without one."""
+    file = folder / _GENERATION
+    if not exists(file):
+        return None
+    data = read_json(file, "generation config", doing="loading a generation config")
+    return parse_generation_config(data, str(file), config)
+
+
 def load_tokenizer(
     repo_or_folder: str | os.PathLike,
     *,
@@ -153,7 +162,7 @@ def load_tokenizer(
             library assigns otherwise than the file, which it does without a word if they leave a gap or clash.
     """
     source = _source(repo_or_folder, "loading a tokenizer", revision, token, cache_dir, local_files_only)
-    file = _fetch(source, _TOKENIZER) / _TOKENIZER
+    file = _fetch(source, TOKENIZER) / TOKENIZER
 
     def refuse(code: str, expected: str, found: str, fix: str, item: str = "") -> NoReturn:
         raise CheckpointError(
@@ -162,7 +171,7 @@ def load_tokenizer(
 
     if not exists(file):
         fix = "write it once with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-        refuse("TOK-MISSING", f"a folder with {_TOKENIZER}", listing(file.parent), fix)
+        refuse("TOK-MISSING", f"a folder with {TOKENIZER}", listing(file.parent), fix)
     data = read_json(file, "tokenizer", doing="loading a tokenizer")
     try:
         tokenizer = Tokenizer.from_str(json.dumps(data))
@@ -218,15 +227,12 @@ def from_pretrained(
         ValueError: an argument is wrong.
     """
     source = _source(repo_or_folder, "loading a model", revision, token, cache_dir, local_files_only)
-    folder = _fetch(source, _CONFIG, _GENERATION, *([CHECKSUMS] if verify else []))
+    folder = _fetch(source, _CONFIG, optional=(_GENERATION, *([CHECKSUMS] if verify else [])))
     config = read_config(folder)
     family = family_of(config)
     named = _dtype_to_load(dtype)
     model = skeleton(config, mesh=mesh, execution=execution)
-    generation_config = model.generation_config
-    if exists(folder / _GENERATION):
-        data = read_json(folder / _GENERATION, "generation config", doing="loading a generation config")
-        generation_config = parse_generation_config(data, str(folder / _GENERATION), config)
+    generation_config = read_generation_config(folder, config) or model.generation_config
     if isinstance(source, Snapshot):
         source.fetch_weights(lambda stored: _preview(stored, source, config, named, mesh))
     leaves = load_leaves(
@@ -301,7 +307,7 @@ def small_files(
     files = {_GENERATION: _json(generation_config_to_json(model.generation_config))}
     if tokenizer is not None:
         files |= {
-            _TOKENIZER: tokenizer.to_str(pretty=True).encode(),
+            TOKENIZER: tokenizer.to_str(pretty=True).encode(),
             TOKENIZER_CONFIG: _json(_tokenizer_config(tokenizer, model, earlier)),
         }
     saved = dtype_to_save(leaf_paths(model), dtype, model.config.dtype)
@@ -331,8 +337,8 @@ def _source(
     )
 
 
-def _fetch(source: pathlib.Path | Snapshot, *names: str) -> pathlib.Path:
-    return source if isinstance(source, pathlib.Path) else source.fetch(*names)
+def _fetch(source: pathlib.Path | Snapshot, *names: str, optional: tuple[str, ...] = ()) -> pathlib.Path:
+    return source if isinstance(source, pathlib.Path) else source.fetch(*names, optional=optional)
 
 
 def local_folder(folder: str | os.PathLike, doing: str, expected: str = "a local folder") -> pathlib.Path:
