@@ -36,7 +36,7 @@ def on_processes(paths: list[str], folder: pathlib.Path) -> list[pathlib.Path]:
 
 def on_ray(paths: list[str], folder: pathlib.Path) -> list[pathlib.Path]:
     """The same with Ray tasks."""
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]
 
     remote = ray.remote(count)
     return keep(ray.get([remote.remote(path) for path in paths]), folder)

@@ -105,9 +105,7 @@ def _train(args: argparse.Namespace) -> None:
     named = {name: getattr(args, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
     check_out(args.out, *named.values(), template)
     if args.from_counts and (args.pattern is not None or args.lines):
-        raise ValueError(
-            "--pattern and --lines are settled where words are counted; leave them out here."
-        )
+        raise ValueError("--pattern and --lines are settled where words are counted; leave them out here.")
     counted = read_all(args.files) if args.from_counts else None
     pattern = counted[0].pattern if counted else args.pattern or _DEFAULT
     training = Training(
