@@ -39,9 +39,9 @@ def _is_composed(text, begin, end, table):
     return True
 
 
-def is_composed(text: np.ndarray, bounds: np.ndarray) -> bool:
-    """Whether NFC certainly leaves documents alone; False may be wrong.
+def is_composed(text: np.ndarray, begin: int, end: int) -> bool:
+    """Whether NFC certainly leaves `text[begin:end]` alone; False may be wrong.
 
     A mark that canonical order may move is fine as long as no other such mark is beside it.
     """
-    return bool(_is_composed(text, int(bounds[0]), int(bounds[-1]), unicode_table.normal_forms()))
+    return bool(_is_composed(text, begin, end, unicode_table.normal_forms()))

@@ -35,6 +35,8 @@ _FIXED = 24 << 20
 _LEAST = 4 << 20
 
 _NFC = normalizers.NFC()
+#: How many bytes are looked at together, and then normalised or not.
+_LINES = 1 << 10
 
 
 def count_files(
@@ -250,21 +252,18 @@ def _count_chunk(
     chunk: Chunk, words: WordTable, make_room: Callable[[WordTable, int], None], pattern: str, by_line: bool
 ):
     """Count a chunk with one of the scanners."""
-    text, bounds, as_it_stands = chunk.text, chunk.bounds, True
-    if pattern == "metaspace" or (pattern == "qwen2" and not is_composed(text, bounds)):
-        normalise = _NFC.normalize_str if pattern == "qwen2" else functools.partial(_with_metaspaces, by_line=by_line)
-        documents = [normalise(document) for document in _documents(chunk)]
-        if pattern == "metaspace" and not chunk.begins:
-            documents[0] = documents[0].removeprefix("▁")
-        text, bounds = joined(documents)
-        as_it_stands = False
+    text, bounds = chunk.text, chunk.bounds
+    if pattern == "metaspace":
+        text, bounds = joined([document.encode() for document in _with_metaspaces(chunk, by_line)])
+    elif pattern == "qwen2" and not is_composed(text, int(bounds[0]), int(bounds[-1])):
+        text, bounds = joined([_composed(document.encode()) for document in _documents(chunk)])
     kernel, table, begin = KERNELS[pattern], flag_table(pattern), int(bounds[0])
     while True:
         why, begin, wanted = kernel(text, bounds, by_line, begin, table, *words.arrays)
         if why == DONE:
             return
         if why == NOT_UTF8:
-            assert as_it_stands, "a normaliser wrote bytes that are not UTF-8"
+            assert text is chunk.text, "a normaliser wrote bytes that are not UTF-8"
             chunk.refuse(int(begin))
         make_room(words, wanted)
 
@@ -280,7 +279,7 @@ def _count_matches(
     for document in _documents(chunk):
         for text in re.findall(r"[^\n]*\n|[^\n]+", document) if by_line else [document]:
             pieces = [piece for piece, _ in split.pre_tokenize_str(text)]
-            data, bounds = joined(pieces)
+            data, bounds = joined([piece.encode() for piece in pieces])
             begin, ends = 0, bounds[1:]
             while (counted := add_pieces(data, begin, ends, len(ends), *words.arrays)) < len(ends):
                 begin = int(ends[counted - 1]) if counted else begin
@@ -296,9 +295,24 @@ def _documents(chunk: Chunk) -> Iterator[str]:
             chunk.refuse(begin + error.start)
 
 
-def _with_metaspaces(text: str, by_line: bool) -> str:
-    """U+2581 for each space, and before each document that is not empty."""
-    text = text.replace(" ", "▁")
-    if by_line:
-        text = text.replace("\n", "\n▁").removesuffix("▁") if text.endswith("\n") else text.replace("\n", "\n▁")
-    return f"▁{text}" if text else text
+def _composed(text: bytes) -> bytes:
+    """A text in normal form C. Only lines that the normaliser may change are given to it, and a few beside them."""
+    data, parts, begin = np.frombuffer(text, np.uint8), [], 0
+    while begin < len(text):
+        # NFC does nothing to a newline, nor over one.
+        end = text.find(b"\n", begin + _LINES) + 1 or len(text)
+        part = text[begin:end]
+        parts.append(part if is_composed(data, begin, end) else _NFC.normalize_str(part.decode()).encode())
+        begin = end
+    return b"".join(parts)
+
+
+def _with_metaspaces(chunk: Chunk, by_line: bool) -> Iterator[str]:
+    """The documents of a chunk, with U+2581 for each space, and one before each document that is not empty."""
+    begins = chunk.begins
+    for text in _documents(chunk):
+        text = text.replace(" ", "▁")
+        if by_line:
+            text = text[:-1].replace("\n", "\n▁") + text[-1:]
+        yield f"▁{text}" if text and begins else text
+        begins = True

@@ -42,11 +42,11 @@ def may_cut(before, after, byte):
 @no_type_check
 @njit(nogil=True, cache=True)
 def last_cut(text, flags, start, stop):
-    """The last place above `start` and below `stop` where a classified text may be cut, or `start`."""
+    """The last place above `start` and below `stop` where a classified text may be cut, or 0."""
     for k in range(stop - 1, start, -1):
         if may_cut(flags[k - 1], flags[k], text[k]):
             return k
-    return start
+    return 0
 
 
 @no_type_check

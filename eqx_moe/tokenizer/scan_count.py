@@ -50,7 +50,7 @@ def _count(split, text, bounds, by_line, begin, table, slots, records, arena, st
                 wrong = classify(block, known, reach, table, flags)
                 if wrong >= 0:
                     return NOT_UTF8, begin + wrong, 0
-                stop = reach if reach == len(block) else last_cut(block, flags, 0, reach)
+                stop = reach if reach == len(block) else last_cut(block, flags, max(known - 1, 0), reach)
                 known = reach
             here = 0
             while here < stop:

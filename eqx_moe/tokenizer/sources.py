@@ -192,17 +192,13 @@ def text_chunks(texts: Iterable[str], size: int) -> Iterator[Chunk]:
             _refuse("DATA-UTF8", "", "characters", found, "replace halves of surrogate pairs", item=f"text {k:,}")
         gathered += len(batch[-1])
         if gathered >= size:
-            yield Chunk(*_joined(batch), True, gathered)
+            yield Chunk(*joined(batch), True, gathered)
             batch, gathered = [], 0
     if batch:
-        yield Chunk(*_joined(batch), True, gathered)
+        yield Chunk(*joined(batch), True, gathered)
 
 
-def joined(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The UTF-8 of some texts, one after another, and their bounds."""
-    return _joined([text.encode() for text in texts])
-
-
-def _joined(parts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+def joined(parts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Some texts, one after another, and their bounds."""
     bounds = np.fromiter(itertools.accumulate(map(len, parts), initial=0), np.int64, len(parts) + 1)
     return np.frombuffer(b"".join(parts), np.uint8), bounds
