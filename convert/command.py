@@ -8,9 +8,9 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from eqx_moe.checkpoint.dtypes import FORMAT_NAMES
-from eqx_moe.checkpoint.writer import parse_size
 from eqx_moe.cli import nothing_half_made
 from eqx_moe.errors import CheckpointError
+from eqx_moe.sizes import parse_size
 
 
 def command(name: str, description: str, examples: Sequence[str]) -> argparse.ArgumentParser:
@@ -69,7 +69,7 @@ def new_folder(target: pathlib.Path) -> Iterator[None]:
 def _size(text: str) -> str:
     """An argparse type: `5GB` is one."""
     try:
-        parse_size(int(text) if text.isdigit() else text)
+        parse_size(int(text) if text.isdigit() else text, "--max-shard-size")
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).replace("`max_shard_size` ", "")) from error
+        raise argparse.ArgumentTypeError(str(error)) from error
     return text

@@ -48,9 +48,9 @@ def _rows(folder) -> Iterator[tuple[str, str, str, str]]:
         for name, original in tied:
             if name in stored:
                 yield f"= {original}", name, *_form(stored[name].entry)
-        for template, reason in family.skipped(config).items():
-            for name in filter(matcher(template).fullmatch, stored):
-                yield f"- ({reason})", name, *_form(stored[name].entry)
+        for skipped in family.skipped(config):
+            for name in filter(matcher(skipped.theirs).fullmatch, stored):
+                yield f"- ({skipped.reason})", name, *_form(stored[name].entry)
         for name in sorted(stored.keys() - readable.keys()):
             yield "scales, decoded on read", name, *_form(stored[name].entry)
 

@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         [
             "eqx-moe inspect examples/assets/shakespeare-moe",
             "eqx-moe inspect mistralai/Mixtral-8x7B-v0.1",
-            "eqx-moe inspect MODEL --mesh data=8,expert=8 --batch-size 64 --seq 4096",
+            "eqx-moe inspect MODEL --mesh data=8,expert=8 --batch-size 64 --seq 4096 --dtype bfloat16",
         ],
     )
     inspect.add_argument("model", metavar="MODEL", help="a checkpoint folder, or a repo on the Hub")
@@ -108,6 +108,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument(
         "--seq", type=_at_least_two, metavar="N", help="tokens a row, with --mesh (2048, or the model's positions)"
+    )
+    inspect.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of weights, optimizer state and activations, with --mesh (float32)",
     )
 
     generate = _command(
@@ -164,6 +169,12 @@ def _parser() -> argparse.ArgumentParser:
     finetune.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="rows a step (%(default)s)")
     finetune.add_argument(
         "--seq", type=_at_least_two, metavar="N", help="tokens a row (512, or as many as the model has positions)"
+    )
+    finetune.add_argument(
+        "--router-aux-loss",
+        type=_not_negative,
+        metavar="COEF",
+        help="the weight of the load-balancing loss (what config.json says: 0.001 to 0.02 for most, 0.9 for gpt-oss)",
     )
     finetune.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the order of the data (%(default)s)")
 
@@ -245,11 +256,14 @@ def _inspect(args: argparse.Namespace) -> None:
     from eqx_moe.hub import look_into
     from eqx_moe.models import count_parameters, family_of, skeleton
 
-    if args.mesh is None and (args.batch_size or args.seq):
-        raise ValueError("--batch-size and --seq are for a plan; name its devices too, as in --mesh data=2,expert=4.")
+    if args.mesh is None and (args.batch_size or args.seq or args.dtype):
+        raise ValueError(
+            "--batch-size, --seq and --dtype are for a plan; name its devices too, as in --mesh data=2,expert=4."
+        )
     found = look_into(args.model)
     config = found.config
-    family, model = family_of(config), skeleton(config)
+    dtype = args.dtype or "float32"
+    family, model = family_of(config), skeleton(config, dtype=dtype)
     tensors = {name: plan(table, leaf_paths(model)).keys() for name, table in family.names(config).items()}
     total, active = count_parameters(model)
     rows = {
@@ -257,7 +271,7 @@ def _inspect(args: argparse.Namespace) -> None:
         "parameters": f"{total:,}" if active == total else f"{total:,} in all, {active:,} active for a token",
     }
     rows |= {"weights": "none here"} if found.stored is None else _weights(found.stored, tensors)
-    planned = _plan(args, config, model) if args.mesh else ""
+    planned = f"{_plan(args, config, model, dtype)}\n" if args.mesh else ""
     _print_table(rows)
     print(planned, end="")
     print("\nconfig")
@@ -266,7 +280,7 @@ def _inspect(args: argparse.Namespace) -> None:
         shown[key] = f"{text} (not read here)"
     rope = dataclasses.asdict(shown["rope_parameters"])
     shown["rope_parameters"] = {key: value for key, value in rope.items() if value is not None}
-    _print_table({f"  {key}": _cell(value) for key, value in shown.items()})
+    _print_table({f"  {_cell(key)}": _cell(value) for key, value in shown.items()})
     print("\nfiles")
     _print_table({f"  {_cell(name)}": f"{size:>15,} bytes" for name, size in found.files.items()})
 
@@ -291,7 +305,7 @@ def _weights(stored: Mapping[str, Any], tensors: Mapping[str, Set[str]]) -> dict
     return rows
 
 
-def _plan(args: argparse.Namespace, config: Any, model: Any) -> str:
+def _plan(args: argparse.Namespace, config: Any, model: Any, dtype: str) -> str:
     import math
 
     from jax.sharding import AbstractMesh
@@ -306,7 +320,7 @@ def _plan(args: argparse.Namespace, config: Any, model: Any) -> str:
             f"--seq must be at most {config.max_position_embeddings}, the model's positions; got {length}."
         )
     step = train.plan_step(model, mesh, rows=rows, length=length, optimizer=train.adamw(1e-4, 1))
-    return f"\n{step.sharding}\n\nfloat32 with AdamW, layers stacked and rematerialised:\n{step}\n"
+    return f"\n{step.sharding}\n\n{dtype} with AdamW, layers stacked and rematerialised:\n{step}"
 
 
 def _print_table(rows: Mapping[str, str]) -> None:
@@ -328,8 +342,8 @@ def _generate(args: argparse.Namespace) -> None:
     from eqx_moe.hub import from_pretrained, load_tokenizer, pinned
 
     commit = pinned(args.model)
-    tokenizer = load_tokenizer(args.model, **commit)
-    model = from_pretrained(args.model, **commit)
+    tokenizer = load_tokenizer(args.model, revision=commit)
+    model = from_pretrained(args.model, revision=commit)
     prompt = tokenizer.encode(args.prompt).ids
     ids = stream(
         model,
@@ -350,6 +364,8 @@ def _finetune(args: argparse.Namespace) -> None:
     target = args.out / "model"
     _refuse_taken(target)
 
+    import dataclasses
+
     import jax
 
     from eqx_moe import train
@@ -357,14 +373,20 @@ def _finetune(args: argparse.Namespace) -> None:
 
     # What is cheap to find wrong comes before what takes time.
     commit = pinned(args.model)
-    config = load_config(args.model, **commit)
-    tokenizer = load_tokenizer(args.model, **commit)
+    config = load_config(args.model, revision=commit)
+    tokenizer = load_tokenizer(args.model, revision=commit)
+    if args.router_aux_loss is not None and not hasattr(config, "router_aux_loss_coef"):
+        raise ValueError(f"--router-aux-loss is for models with such a loss; got a {type(config).__name__}.")
     seq = args.seq or min(512, config.max_position_embeddings)
     if seq > config.max_position_embeddings:
         raise ValueError(f"--seq must be at most {config.max_position_embeddings}, the model's positions; got {seq}.")
     texts = train.read_texts(args.data)
     # In float32 whatever is stored: small updates would be rounded away in 16 bits.
-    model = from_pretrained(args.model, dtype="float32", **commit)
+    model = from_pretrained(args.model, dtype="float32", revision=commit)
+    stored = model.config.dtype
+    if args.router_aux_loss is not None:
+        changed = dataclasses.replace(model.config, router_aux_loss_coef=args.router_aux_loss)
+        model = dataclasses.replace(model, config=changed)
     ends = model.generation_config.eos_token_id
     end_id = ends[0] if ends else None
     documents = train.tokenize(texts, tokenizer, vocab_size=config.vocab_size, end_id=end_id)
@@ -383,7 +405,7 @@ def _finetune(args: argparse.Namespace) -> None:
     first, last = sum(losses[:edge]) / edge, sum(losses[-edge:]) / edge
     print(f"loss {first:.4f} in the first {edge} of {args.steps} steps, {last:.4f} in the last {edge}")
     with nothing_half_made(target):
-        save_pretrained(model, target, tokenizer=tokenizer, dtype=config.dtype)
+        save_pretrained(model, target, tokenizer=tokenizer, dtype=stored)
     print(f"written to {target}")
 
 

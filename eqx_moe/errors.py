@@ -80,6 +80,9 @@ _SHOWN_PROBLEMS = 10
 
 def quote(value: object) -> str:
     """Untrusted text, safe to print: its `repr`, the middle left out past 200 characters."""
+    if isinstance(value, str) and len(value) > 2 * _SHOWN_CHARACTERS:
+        # The middle of a long one is never escaped.
+        value = value[:_SHOWN_CHARACTERS] + value[-_SHOWN_CHARACTERS:]
     text = repr(value)
     if len(text) <= _SHOWN_CHARACTERS:
         return text

@@ -48,7 +48,8 @@ from eqx_moe.remote.download import Snapshot, open_snapshot
 from eqx_moe.remote.space import check_memory, gigabytes, memory_needs
 
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
-_TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+_MISTRAL = "params.json"  # beside consolidated.safetensors: Mistral's own layout
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 #: With tied embeddings some writers store the head all the same.
 TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
 #: Layouts that are written. What else a family has in its table (a quantised release, say) is read only.
@@ -76,13 +77,13 @@ def load_config(
     return read_config(_fetch(source, _CONFIG))
 
 
-def pinned(repo_or_folder: str | os.PathLike) -> dict[str, str]:
-    """The options with which several calls take the same commit of a repo: `from_pretrained(where, **pinned(where))`.
+def pinned(repo_or_folder: str | os.PathLike) -> str | None:
+    """The commit that a repo is at, None for a folder: as their `revision` it makes several calls read the same.
 
-    None for a folder. The Hub is asked once, and by the calls not again.
+    The Hub is asked once, and by the calls not again.
     """
     source = _source(repo_or_folder, "loading a model", None, None, None, False)
-    return {} if isinstance(source, pathlib.Path) else {"revision": source.commit}
+    return None if isinstance(source, pathlib.Path) else source.commit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +131,20 @@ def read_config(folder: pathlib.Path) -> Any:
             file=str(file),
             expected=f"a folder with {_CONFIG}",
             found=listing(file.parent),
-            fix="check the folder's name, or download the model again",
+            fix="python -m convert.from_mistral makes of it a folder that is read here"
+            if exists(folder / _MISTRAL)
+            else "check the folder's name, or download the model again",
         )
     return parse_config(read_json(file, "config", doing="loading a config"), str(file))
+
+
+def read_generation_config(folder: pathlib.Path, config: Any) -> Any:
+    """The generation config in a folder, None without one."""
+    file = folder / _GENERATION
+    if not exists(file):
+        return None
+    data = read_json(file, "generation config", doing="loading a generation config")
+    return parse_generation_config(data, str(file), config)
 
 
 def load_tokenizer(
@@ -150,7 +162,7 @@ def load_tokenizer(
             library assigns otherwise than the file, which it does without a word if they leave a gap or clash.
     """
     source = _source(repo_or_folder, "loading a tokenizer", revision, token, cache_dir, local_files_only)
-    file = _fetch(source, _TOKENIZER) / _TOKENIZER
+    file = _fetch(source, TOKENIZER) / TOKENIZER
 
     def refuse(code: str, expected: str, found: str, fix: str, item: str = "") -> NoReturn:
         raise CheckpointError(
@@ -159,7 +171,7 @@ def load_tokenizer(
 
     if not exists(file):
         fix = "write it once with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-        refuse("TOK-MISSING", f"a folder with {_TOKENIZER}", listing(file.parent), fix)
+        refuse("TOK-MISSING", f"a folder with {TOKENIZER}", listing(file.parent), fix)
     data = read_json(file, "tokenizer", doing="loading a tokenizer")
     try:
         tokenizer = Tokenizer.from_str(json.dumps(data))
@@ -197,7 +209,7 @@ def from_pretrained(
 
     Args:
         repo_or_folder: a local folder, or the name of a repo, "org/name".
-        dtype: "auto" keeps every tensor as it is stored; a float dtype or its name casts all but those that the family
+        dtype: "auto" keeps every tensor as it is stored, a float dtype or its name casts all, but those that the family
             keeps in float32; None is "auto" on an accelerator and float32 on a CPU.
         mesh: the devices to spread the weights over, see `eqx_moe.sharding`. The host holds a leaf at a time, and no
             device more than its parts. In a program of several processes all call this, each with the folder at hand.
@@ -215,15 +227,12 @@ def from_pretrained(
         ValueError: an argument is wrong.
     """
     source = _source(repo_or_folder, "loading a model", revision, token, cache_dir, local_files_only)
-    folder = _fetch(source, _CONFIG, _GENERATION, *([CHECKSUMS] if verify else []))
+    folder = _fetch(source, _CONFIG, optional=(_GENERATION, *([CHECKSUMS] if verify else [])))
     config = read_config(folder)
     family = family_of(config)
     named = _dtype_to_load(dtype)
     model = skeleton(config, mesh=mesh, execution=execution)
-    generation_config = model.generation_config
-    if exists(folder / _GENERATION):
-        data = read_json(folder / _GENERATION, "generation config", doing="loading a generation config")
-        generation_config = parse_generation_config(data, str(folder / _GENERATION), config)
+    generation_config = read_generation_config(folder, config) or model.generation_config
     if isinstance(source, Snapshot):
         source.fetch_weights(lambda stored: _preview(stored, source, config, named, mesh))
     leaves = load_leaves(
@@ -238,7 +247,10 @@ def from_pretrained(
         verify=verify,
         shardings=None if mesh is None else plan_sharding(model, mesh).shardings,
     )
-    return dataclasses.replace(replace_leaves(model, leaves), generation_config=generation_config)
+    if config.dtype is None:  # gpt-oss's releases name none
+        with open_weights(folder) as opened:
+            config = dataclasses.replace(config, dtype=dtype_of_most(decoded(opened)))
+    return dataclasses.replace(replace_leaves(model, leaves), config=config, generation_config=generation_config)
 
 
 def save_pretrained(
@@ -295,7 +307,7 @@ def small_files(
     files = {_GENERATION: _json(generation_config_to_json(model.generation_config))}
     if tokenizer is not None:
         files |= {
-            _TOKENIZER: tokenizer.to_str(pretty=True).encode(),
+            TOKENIZER: tokenizer.to_str(pretty=True).encode(),
             TOKENIZER_CONFIG: _json(_tokenizer_config(tokenizer, model, earlier)),
         }
     saved = dtype_to_save(leaf_paths(model), dtype, model.config.dtype)
@@ -313,7 +325,8 @@ def _source(
 ) -> pathlib.Path | Snapshot:
     """The folder, or the commit of a repo on the Hub, that a user's text stands for."""
     if not isinstance(where, str) or not is_repo(where) or exists(pathlib.Path(where)):
-        return local_folder(where, doing, 'a local folder, or the name "org/name" of a repo on the Hub')
+        or_repo = ', or the name "org/name" of a repo on the Hub' if isinstance(where, str) else ""
+        return local_folder(where, doing, f"a local folder{or_repo}")
     return open_snapshot(
         where,
         revision=revision,
@@ -324,8 +337,8 @@ def _source(
     )
 
 
-def _fetch(source: pathlib.Path | Snapshot, *names: str) -> pathlib.Path:
-    return source if isinstance(source, pathlib.Path) else source.fetch(*names)
+def _fetch(source: pathlib.Path | Snapshot, *names: str, optional: tuple[str, ...] = ()) -> pathlib.Path:
+    return source if isinstance(source, pathlib.Path) else source.fetch(*names, optional=optional)
 
 
 def local_folder(folder: str | os.PathLike, doing: str, expected: str = "a local folder") -> pathlib.Path:

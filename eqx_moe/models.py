@@ -17,7 +17,7 @@ from eqx_moe.execution import AbstractExecution, resolve
 from eqx_moe.family import BY_MODEL_TYPE, FAMILIES, Family
 from eqx_moe.nn.decoder import Decoder
 from eqx_moe.nn.moe import MoE
-from eqx_moe.nn.stack import Stack, block_of, stack_layers, unstack_layers
+from eqx_moe.nn.stack import Stack, blocks_of, stack_layers, unstack_layers
 from eqx_moe.sharding import AnyMesh, Plan, check_mesh, plan, without_data
 
 
@@ -120,12 +120,13 @@ def with_options(
 
 
 def stack(model: Decoder, *, rematerialise: bool = False) -> Decoder:
-    """The same model, each run of equal layers as one `Stack`, whose arrays have a leading axis [layers].
+    """The same model, each run of layers that repeat as one `Stack`, whose arrays have a leading axis.
 
-    For training: a step compiles in the time of one layer, and (with `rematerialise`) keeps what stands between layers
-    only and computes the rest again. `unstack` is its inverse, bit for bit. `generate` and `save_pretrained` take
-    either form; a cache wants the layers apart, because a scan copies each of them for every token. Embedding, norm,
-    head and layers that are equal to no neighbour are shared with `model`, not copied.
+    For training: a step compiles in the time of the layers that differ, one or two for most models, and (with
+    `rematerialise`) keeps what stands between layers only and computes the rest again. `unstack` is its inverse, bit
+    for bit. `generate` and `save_pretrained` take either form; a cache wants the layers apart, because a scan copies
+    each of them for every token. Embedding, norm, head and layers that do not repeat are shared with `model`, not
+    copied.
     """
     return dataclasses.replace(model, layers=stack_layers(model.layers, rematerialise))
 
@@ -160,8 +161,8 @@ def count_parameters(model: Decoder) -> tuple[int, int]:
     total = sum(leaf.size for leaf in jax.tree.leaves(model))
     idle = 0
     for layer in model.layers:
-        moe = block_of(layer).moe
-        if moe is not None:
-            experts, k = moe.experts.gate.shape[-3], moe.router.k
-            idle += sum(leaf.size for leaf in jax.tree.leaves(moe.experts)) // experts * (experts - k)
+        for block in blocks_of(layer).values():
+            if block.moe is not None:
+                experts, k = block.moe.experts.gate.shape[-3], block.moe.router.k
+                idle += sum(leaf.size for leaf in jax.tree.leaves(block.moe.experts)) // experts * (experts - k)
     return total, total - idle

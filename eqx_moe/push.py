@@ -18,12 +18,15 @@ from eqx_moe.checkpoint.shards import INDEX, open_weights
 from eqx_moe.checkpoint.writer import is_of_one_process, weight_files
 from eqx_moe.errors import CheckpointError
 from eqx_moe.hub import (
+    TOKENIZER,
     TOKENIZER_CONFIG,
     dtype_of_most,
     dtype_to_save,
+    load_tokenizer,
     local_folder,
     match_weights,
     read_config,
+    read_generation_config,
     small_files,
     to_write,
 )
@@ -35,8 +38,8 @@ from eqx_moe.remote.upload import Content, check_push, push
 
 _DOING = "pushing a model"
 # What goes to the Hub with the weights of a folder, if it is there.
-_BESIDE = (INDEX, CHECKSUMS, "config.json", "generation_config.json", "chat_template.jinja", "README.md")
-_BESIDE += ("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
+_BESIDE = (INDEX, "config.json", "generation_config.json", "chat_template.jinja", "README.md")
+_BESIDE += (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
 _BESIDE += ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
 _BESIDE += ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 
@@ -81,7 +84,7 @@ def push_to_hub(
     check_push(repo_id, revision, create_pr)
     model, names, keep_fp32 = to_write(model, layout)
     leaves, named = leaf_paths(model), None if dtype is None else weight_dtype(dtype).name
-    weights = weight_files(
+    weights, _ = weight_files(
         leaves, names, max_shard_size=max_shard_size, dtype=named, keep_fp32=keep_fp32, place=repo_id
     )
     card = _card(repo_id, model, dtype_to_save(leaves, dtype, None), base_model)
@@ -117,12 +120,15 @@ def push_folder(
 
     Raises:
         ValueError: `repo_id` is no name of a repo.
-        CheckpointError: the folder has no model that would load; HUB-* codes.
+        CheckpointError: the folder's model, generation config or tokenizer would not load; HUB-* codes.
     """
     check_push(repo_id, None, False)
     path = local_folder(folder, _DOING)
     config = read_config(path)
     model = skeleton(config)
+    read_generation_config(path, config)
+    if exists(path / TOKENIZER):
+        load_tokenizer(path)
     with open_weights(path) as opened:
         stored = decoded(opened)
         match_weights(stored, path, config, one_dtype=False)
@@ -137,7 +143,7 @@ def push_folder(
     address = push(
         repo_id, files, card=card, private=private, revision=None, message=None, create_pr=False, token=token
     )
-    return address, sorted(entry.name for entry in path.iterdir() if entry.name not in files)
+    return address, sorted(entry.name for entry in path.iterdir() if entry.name not in {*files, CHECKSUMS})
 
 
 def _earlier(repo: str, revision: str | None, token: str | bool | None) -> pathlib.Path | None:
@@ -146,7 +152,7 @@ def _earlier(repo: str, revision: str | None, token: str | bool | None) -> pathl
         try:
             return open_snapshot(
                 repo, revision=named, token=token, cache_dir=None, local_files_only=False, doing=_DOING
-            ).fetch(TOKENIZER_CONFIG)
+            ).fetch(optional=(TOKENIZER_CONFIG,))
         except CheckpointError as error:
             if error.code != "HUB-REPO":
                 raise

@@ -7,10 +7,11 @@ With them the parity tests run where torch is not installed. Each `NAME/` is a c
     logits    [2, 53, 53]  of these texts, computed in float32 by the eager attention
     prompt0, prompt1       two prompts of different lengths
     greedy0, greedy1       what follows each of them, greedily: 32 ids, or up to the end-of-text id
-    aux_loss               the load-balancing loss of both texts (mixture-of-experts families)
+    aux_loss               the load-balancing loss of both texts (families that have one)
 
 Run `python tests/make_fixtures.py` in an environment with the `oracle` extra (`pip install torch==2.13.0` first, then
-`pip install -e '.[oracle]'`). Everything is seeded: a second run writes the same numbers.
+`pip install -e '.[oracle]'`). Everything is seeded: a second run writes the same numbers. `--missing` makes only those
+that are not there.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -43,6 +45,24 @@ SIZES = dict(
 )
 HEAD = dict(head_dim=10)  # not hidden_size / num_attention_heads
 MIXTRAL = SIZES | HEAD | dict(num_local_experts=5, num_experts_per_tok=2, rms_norm_eps=1e-5)
+QWEN3_MOE = SIZES | HEAD | dict(num_experts=7, num_experts_per_tok=3, moe_intermediate_size=12)
+OLMOE = SIZES | dict(num_experts=7, num_experts_per_tok=3)
+GPT_OSS = SIZES | HEAD | dict(num_local_experts=5, num_experts_per_tok=2, sliding_window=7)
+DEEPSEEK_V3 = SIZES | dict(
+    num_key_value_heads=4,
+    q_lora_rank=14,
+    kv_lora_rank=18,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=10,
+    v_head_dim=8,
+    moe_intermediate_size=12,
+    n_routed_experts=12,
+    n_shared_experts=2,
+    num_experts_per_tok=3,
+    n_group=4,
+    topk_group=2,
+    first_k_dense_replace=1,
+)
 
 DEFAULT = dict(rope_type="default", rope_theta=10000.0)
 LINEAR = dict(rope_type="linear", rope_theta=5000.0, factor=2.5)
@@ -77,6 +97,7 @@ class Case:
     ends: bool = False  # the generation config has an end-of-text id that greedy decoding meets
 
 
+BALANCED = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")  # with a loss that balances the experts
 QWEN2_WINDOW = dict(use_sliding_window=True, sliding_window=7, max_window_layers=1)
 CASES = {
     "mixtral-window-sharded": Case("mixtral", MIXTRAL | dict(sliding_window=7), DEFAULT, shard_size="20KB"),
@@ -100,6 +121,29 @@ CASES = {
     "qwen2-old-yarn": Case("qwen2", SIZES | dict(num_hidden_layers=2), YARN, old_dialect=True),
     "qwen3-tied": Case("qwen3", SIZES | HEAD | dict(tie_word_embeddings=True), DEFAULT),
     "qwen3-window-llama3-biases": Case("qwen3", SIZES | HEAD | QWEN2_WINDOW | dict(attention_bias=True), LLAMA3),
+    "qwen3-moe-dense-layer-sharded": Case(
+        "qwen3_moe", QWEN3_MOE | dict(mlp_only_layers=[1], norm_topk_prob=True), DEFAULT, shard_size="20KB"
+    ),
+    "qwen3-moe-packed-yarn": Case("qwen3_moe", QWEN3_MOE | dict(num_hidden_layers=2), YARN, packed=True, ends=True),
+    "olmoe-clipped": Case("olmoe", OLMOE | dict(clip_qkv=0.9), DEFAULT),
+    "olmoe-bf16-packed-tied": Case(
+        "olmoe",
+        OLMOE | dict(num_hidden_layers=2, tie_word_embeddings=True, norm_topk_prob=True),
+        LINEAR,
+        dtype=torch.bfloat16,
+        packed=True,
+    ),
+    "gpt-oss-windows-yarn": Case("gpt_oss", GPT_OSS | dict(num_hidden_layers=4), dict(YARN, truncate=False)),
+    "gpt-oss-no-biases-tight-clamp": Case(
+        "gpt_oss", GPT_OSS | dict(attention_bias=False, swiglu_limit=0.4, num_hidden_layers=2), DEFAULT, ends=True
+    ),
+    "deepseek-v3-groups-sharded": Case("deepseek_v3", DEEPSEEK_V3, DEFAULT, shard_size="20KB"),
+    "deepseek-v3-packed-yarn-no-latent": Case(
+        "deepseek_v3",
+        DEEPSEEK_V3 | dict(q_lora_rank=None, n_group=1, topk_group=1, num_hidden_layers=2),
+        dict(YARN, mscale=0.7, mscale_all_dim=1.3),
+        packed=True,
+    ),
 }
 
 
@@ -119,9 +163,12 @@ def write_checkpoint(case: Case, folder: pathlib.Path, seed: int) -> None:
     config = transformers.AutoConfig.for_model(case.family, **case.config, rope_parameters=case.rope)
     model = transformers.AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
-    for _, parameter in sorted(model.named_parameters()):
-        start = 1.0 if parameter.ndim == 1 and bool((parameter == 1).all()) else 0.0
-        parameter.data = start + 0.3 * torch.randn(parameter.shape, generator=generator)
+    # Buffers that are saved are weights too: the selection bias of a router is one.
+    stored = model.state_dict()
+    tensors = [*model.named_parameters(), *(each for each in model.named_buffers() if each[0] in stored)]
+    for _, tensor in sorted(tensors, key=lambda each: each[0]):
+        start = 1.0 if tensor.ndim == 1 and bool((tensor == 1).all()) else 0.0
+        tensor.data = start + 0.3 * torch.randn(tensor.shape, generator=generator)
     model.tie_weights()
     model = model.to(case.dtype)
     model.save_pretrained(folder, max_shard_size=case.shard_size, save_original_format=not case.packed)
@@ -177,7 +224,7 @@ def make(name: str, case: Case, seed: int) -> None:
         transformers.GenerationConfig(eos_token_id=[first, second]).save_pretrained(folder)
         model = load(folder)
     tokens = random.integers(0, model.config.vocab_size, (2, TEXT))
-    moe = {"output_router_logits": True} if case.family == "mixtral" else {}
+    moe = {"output_router_logits": True} if case.family in BALANCED else {}
     out = model(torch.tensor(tokens), **moe)
     expected = {"tokens": tokens.astype(np.int32), "logits": out.logits.numpy()}
     for i, prompt in enumerate(prompts):
@@ -191,10 +238,12 @@ def make(name: str, case: Case, seed: int) -> None:
 def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir()
+    if "--missing" not in sys.argv[1:]:
+        shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(exist_ok=True)
     for i, (name, case) in enumerate(CASES.items()):
-        make(name, case, seed=1000 + i)
+        if not (FOLDER / f"{name}.npz").exists():
+            make(name, case, seed=1000 + i)
     total = sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file())
     print(f"{len(CASES)} fixtures, {total:,} bytes")
     assert total < 3_000_000

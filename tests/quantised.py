@@ -116,7 +116,7 @@ def write_deepseek(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[st
     ends |= dict.fromkeys(("enorm", "hnorm", "shared_head.norm"), (hidden,))
     tensors |= {f"{AHEAD}{name}.weight": rng.normal(size=shape).astype("f4") for name, shape in ends.items()}
     safetensors.numpy.save_file(tensors, folder / SINGLE)
-    change_config(folder, num_hidden_layers=2)
+    change_config(folder, num_hidden_layers=2, num_nextn_predict_layers=1)
     return quantise(folder)
 
 
@@ -134,7 +134,10 @@ def write_gpt_oss(folder: pathlib.Path) -> dict[str, np.ndarray]:
             plain[name] = np.ascontiguousarray(mxfp4_by_loops(blocks, scales).swapaxes(1, 2))
     write(folder / SINGLE, tensors)
     kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    change_config(folder, dtype="bfloat16", quantization_config=dict(quant_method="mxfp4", modules_to_not_convert=kept))
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]  # as in the releases
+    config["quantization_config"] = dict(quant_method="mxfp4", modules_to_not_convert=kept)
+    (folder / "config.json").write_text(json.dumps(config))
     return plain
 
 

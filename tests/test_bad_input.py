@@ -8,14 +8,17 @@ import os
 import pathlib
 import shutil
 import struct
+import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable, Iterator
 
 import equinox as eqx
 import ml_dtypes  # noqa: F401  # lets safetensors read bfloat16
 import numpy as np
 import pytest
+import refusing
 import safetensors.numpy
 import tokenizers
 from weights import draw
@@ -79,28 +82,49 @@ def check(error: CheckpointError, code: str, file: str, item: str = "") -> None:
     assert len(text) < 5000
 
 
-def refused(
-    folder: pathlib.Path, code: str, file: str, item: str = "", load=eqx_moe.from_pretrained
-) -> CheckpointError:
-    started, before = time.process_time(), peak_memory(reset=True)
-    with pytest.raises(CheckpointError) as caught:
-        load(folder)
-    # Two seconds; but here every function checks the types that it is given, and other tests run beside.
-    assert time.process_time() - started < 4
-    assert peak_memory() - before < 100_000_000
-    check(caught.value, code, file, item)
-    return caught.value
+@pytest.fixture(scope="session")
+def apart(root) -> Iterator[subprocess.Popen]:
+    """A process that says what a refusal costs where nothing else does (`tests/refusing.py`)."""
+    environment = {name: value for name, value in os.environ.items() if name != "EQX_MOE_TYPECHECK"}
+    paths = [str(root), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    with subprocess.Popen(
+        [sys.executable, refusing.__file__],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        yield process
+        assert process.stdin
+        process.stdin.close()
 
 
-def peak_memory(reset: bool = False) -> int:
-    """The most memory that this process has had since a reset, in bytes; always 0 where that is not to be had."""
-    try:
-        if reset:
-            pathlib.Path("/proc/self/clear_refs").write_text("5")
-        status = pathlib.Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+@pytest.fixture(params=["here", pytest.param("apart", marks=pytest.mark.full)])
+def refused(request) -> Callable[..., CheckpointError]:
+    """A function that loads from a folder, checks the error and returns it: in this process, or in one apart as well,
+    where it takes less than 2 s and 100 MB."""
+    process = request.getfixturevalue("apart") if request.param == "apart" else None
+
+    def refused(
+        folder: pathlib.Path, code: str, file: str, item: str = "", load=eqx_moe.from_pretrained, **options
+    ) -> CheckpointError:
+        if process is not None:
+            print(json.dumps([load.__name__, str(folder), options]), file=process.stdin, flush=True)
+            found, seconds, memory = json.loads(process.stdout.readline())
+            print(f"{found}: {seconds:.3f} s, {memory / 1e6:.1f} MB")
+            assert found == code and seconds < 2 and memory < 100_000_000
+        started, before = time.process_time(), refusing.peak_memory(reset=True)
+        with pytest.raises(CheckpointError) as caught:
+            load(folder, **options)
+        # Two seconds; but here every function checks the types that it is given, and other tests run beside.
+        assert time.process_time() - started < 4
+        assert refusing.peak_memory() - before < 100_000_000
+        check(caught.value, code, file, item)
+        return caught.value
+
+    return refused
 
 
 # --- The container --------------------------------------------------------------------------------------------------
@@ -172,6 +196,7 @@ HEADERS = {
     "half-a-million-keys": (b"{" + b",".join(b'"%d":1' % i for i in range(500_000)) + b"}", ""),
     "a-long-name": (b'{"' + b"x" * 20_000_000 + b'":1}', ""),
     "a-wide-name": (('{"' + "x" * 15_000_000 + "\U0001f600" + '":1}').encode(), ""),
+    "a-name-widened-by-an-escape": (b'{"' + b"x" * 15_000_000 + b'\\ud83d\\ude00":1}', ""),
 }
 SHAPES = {
     "negative": [-3],
@@ -218,39 +243,39 @@ OFFSETS = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_file_that_is_no_safetensors(single, name):
+def test_a_file_that_is_no_safetensors(single, refused, name):
     (single / SINGLE).write_bytes(FOREIGN[name])
     refused(single, "ST-FORMAT", SINGLE)
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_a_malformed_header(single, name):
+def test_a_malformed_header(single, refused, name):
     header, item = HEADERS[name]
     (single / SINGLE).write_bytes(container(header))
     refused(single, "ST-HEADER", SINGLE, item)
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_an_impossible_shape(single, name):
+def test_an_impossible_shape(single, refused, name):
     (single / SINGLE).write_bytes(container({"x": entry() | {"shape": SHAPES[name]}}))
     refused(single, "ST-SHAPE", SINGLE, "x")
 
 
 @pytest.mark.parametrize("dtype", ["f32", "F128", "", "<f4", 3, None, ["F32"]])
-def test_an_unknown_dtype(single, dtype):
+def test_an_unknown_dtype(single, refused, dtype):
     (single / SINGLE).write_bytes(container({"x": entry() | {"dtype": dtype}}))
     refused(single, "ST-DTYPE", SINGLE, "x")
 
 
 @pytest.mark.parametrize("name", OFFSETS)
-def test_tensors_that_do_not_tile_the_data(single, name):
+def test_tensors_that_do_not_tile_the_data(single, refused, name):
     header, item = OFFSETS[name]
     (single / SINGLE).write_bytes(container(header))
     refused(single, "ST-OFFSETS", SINGLE, item)
 
 
 @pytest.mark.parametrize("by", [-1, 1, -4096, 22])
-def test_a_file_cut_off_or_continued(single, by):
+def test_a_file_cut_off_or_continued(single, refused, by):
     os.truncate(single / SINGLE, (single / SINGLE).stat().st_size + by)
     refused(single, "ST-OFFSETS", SINGLE)
 
@@ -306,6 +331,11 @@ TENSORS = {
         "../../\x1b[31m\n",
     ),
     "extra-long-name": (lambda tensors: tensors | {"x" * 10_000: np.zeros(3, "f4")}, "ST-EXTRA", "x" * 10_000),
+    "a-hundred-thousand-extra": (
+        lambda tensors: tensors | {f"x.{i}.{'q' * (i % 40)}": np.zeros(0, "f4") for i in range(40_000)},
+        "ST-EXTRA",
+        "x.0.",
+    ),
     "both-layouts": (
         lambda tensors: tensors | {"model.layers.0.mlp.experts.down_proj": np.zeros((5, 12, 17), "f4")},
         "ST-EXTRA",
@@ -343,19 +373,15 @@ VALUES = {
 
 @pytest.mark.parametrize("name", VALUES)
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-def test_values_that_no_training_leaves(single, name, dtype):
+def test_values_that_no_training_leaves(single, refused, name, dtype):
     item, alter, found = VALUES[name]
     tensors = safetensors.numpy.load_file(single / SINGLE)
     safetensors.numpy.save_file(tensors | {item: alter(tensors[item])}, single / SINGLE)
-    error = refused(single, "ST-VALUE", SINGLE, item, lambda folder: eqx_moe.from_pretrained(folder, dtype=dtype))
+    error = refused(single, "ST-VALUE", SINGLE, item, dtype=dtype)
     assert error.found == found
 
 
 # --- Checksums ------------------------------------------------------------------------------------------------------
-
-
-def verified(folder):
-    return eqx_moe.from_pretrained(folder, verify=True)
 
 
 def flip(name, place):
@@ -399,21 +425,21 @@ def blank(path: pathlib.Path) -> bytes:
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damage_that_no_header_shows(sharded, name):
-    verified(sharded)
+def test_damage_that_no_header_shows(sharded, refused, name):
+    eqx_moe.from_pretrained(sharded, verify=True)
     act, code, file, item = DAMAGE[name]
     act(sharded)
-    refused(sharded, code, file, item, verified)
+    refused(sharded, code, file, item, verify=True)
     eqx_moe.from_pretrained(sharded)  # who does not ask does not wait
 
 
-def test_verifying_wants_every_value_finite(single):
+def test_verifying_wants_every_value_finite(single, refused):
     model = eqx_moe.from_pretrained(single)
     tensor = model.layers[1].moe.experts.gate.at[2, 3, 4].set(np.nan)
     model = eqx.tree_at(lambda m: m.layers[1].moe.experts.gate, model, tensor)
     eqx_moe.save_pretrained(model, single)
     eqx_moe.from_pretrained(single)
-    assert refused(single, "ST-VALUE", SINGLE, EXPERT, verified).found == "nan at (3, 4)"
+    assert refused(single, "ST-VALUE", SINGLE, EXPERT, verify=True).found == "nan at (3, 4)"
 
 
 # --- A save that was killed -----------------------------------------------------------------------------------------
@@ -428,21 +454,20 @@ JOURNALS = {
     "removes-a-config": b'{"token": "0123456789abcdef", "files": [], "stale": ["config.json"]}',
     "removes-outside": b'{"token": "0123456789abcdef", "files": [], "stale": ["../model.safetensors"]}',
     "number": b'{"token": "0123456789abcdef", "files": [1], "stale": []}',
+    "half-a-surrogate-pair": b'{"token": "0123456789abcdef", "files": ["\\ud800"], "stale": []}',
 }
 
 
 @pytest.mark.parametrize("name", JOURNALS)
-def test_a_journal_that_is_none_of_ours(single, name):
+def test_a_journal_that_is_none_of_ours(single, refused, name):
     (single / JOURNAL).write_bytes(JOURNALS[name])
     before = {path: path.read_bytes() for path in single.iterdir()}
-    with pytest.raises(CheckpointError) as caught:
-        eqx_moe.from_pretrained(single)
-    check(caught.value, "ST-SAVE", "model", JOURNAL)
+    refused(single, "ST-SAVE", "model", JOURNAL)
     assert before == {path: path.read_bytes() for path in single.iterdir()}
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_tensors_that_are_not_the_models(single, name):
+def test_tensors_that_are_not_the_models(single, refused, name):
     alter, code, item = TENSORS[name]
     safetensors.numpy.save_file(alter(safetensors.numpy.load_file(single / SINGLE)), single / SINGLE)
     error = refused(single, code, SINGLE, item)
@@ -460,7 +485,7 @@ def test_tensors_that_are_not_the_models(single, name):
         assert "5 x 'model.layers.1.block_sparse_moe.experts.*.w1.weight'" in str(error)
 
 
-def test_eight_bit_floats_are_said_to_be_quantised(single):
+def test_eight_bit_floats_are_said_to_be_quantised(single, refused):
     tensors = safetensors.numpy.load_file(single / SINGLE)
     tensors[EXPERT] = tensors[EXPERT].astype("u1")
     safetensors.numpy.save_file(tensors, single / SINGLE)
@@ -468,24 +493,24 @@ def test_eight_bit_floats_are_said_to_be_quantised(single):
     assert "quantised" in refused(single, "ST-DTYPE", SINGLE, EXPERT).found
 
 
-def test_a_stack_of_two_dtypes(single):
+def test_a_stack_of_two_dtypes(single, refused):
     tensors = safetensors.numpy.load_file(single / SINGLE)
     tensors[EXPERT] = tensors[EXPERT].astype("f2")
     safetensors.numpy.save_file(tensors, single / SINGLE)
-    error = refused(single, "ST-DTYPE", SINGLE, EXPERT, lambda folder: eqx_moe.from_pretrained(folder, dtype="auto"))
+    error = refused(single, "ST-DTYPE", SINGLE, EXPERT, dtype="auto")
     assert "experts.0.w1" in error.expected and "dtype=" in error.fix
     assert leaf_paths(eqx_moe.from_pretrained(single, dtype="float32"))["layers.1.moe.experts.gate"].dtype == np.float32
 
 
-def test_a_value_out_of_range(single):
+def test_a_value_out_of_range(single, refused):
     tensors = safetensors.numpy.load_file(single / SINGLE)
     tensors[EXPERT][3, 4] = -1e6
     safetensors.numpy.save_file(tensors, single / SINGLE)
-    error = refused(single, "ST-RANGE", SINGLE, EXPERT, lambda folder: eqx_moe.from_pretrained(folder, dtype="float16"))
+    error = refused(single, "ST-RANGE", SINGLE, EXPERT, dtype="float16")
     assert "1e+06" in error.found
 
 
-def test_a_tied_head_that_differs(single):
+def test_a_tied_head_that_differs(single, refused):
     edit(single / CONFIG, tie_word_embeddings=True)
     refused(single, "ST-TIED", SINGLE, HEAD)
     tensors = safetensors.numpy.load_file(single / SINGLE)
@@ -578,6 +603,12 @@ FILES = {
     "index-missing": (lambda folder: (folder / INDEX).unlink(), "IDX-SHARD", "model", SHARD1),
     "wrong-shard": (remap(NORM, SHARD1), "IDX-MISMATCH", INDEX, NORM),
     "absent-tensor": (remap("model.ghost.weight", SHARD1), "IDX-MISMATCH", INDEX, "model.ghost.weight"),
+    "a-hundred-thousand-absent-tensors": (
+        lambda folder: edit(folder / INDEX, weight_map={f"x.{i}.{'z' * (i % 50)}": SHARD1 for i in range(150_000)}),
+        "IDX-MISMATCH",
+        INDEX,
+        "x.0.",
+    ),
     "unlisted-tensor": (unlist, "IDX-MISMATCH", INDEX, NORM),
     "stored-twice": (store_twice, "IDX-MISMATCH", INDEX, EMBED),
     "two-models": (lambda folder: shutil.copy(folder / SHARD1, folder / SINGLE), "IDX-AMBIGUOUS", INDEX, SINGLE),
@@ -599,7 +630,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_folder_that_does_not_hold_together(sharded, name):
+def test_a_folder_that_does_not_hold_together(sharded, refused, name):
     act, code, file, item = FILES[name]
     act(sharded)
     before = sorted(sharded.parent.iterdir())
@@ -609,7 +640,7 @@ def test_a_folder_that_does_not_hold_together(sharded, name):
         assert SHARD1 in error.found  # what is there
 
 
-def test_a_shard_without_permission(sharded):
+def test_a_shard_without_permission(sharded, refused):
     if os.geteuid() == 0:
         pytest.skip("root may read everything")
     (sharded / SHARD1).chmod(0)
@@ -617,20 +648,39 @@ def test_a_shard_without_permission(sharded):
 
 
 @pytest.mark.parametrize("load", [eqx_moe.from_pretrained, eqx_moe.load_config, eqx_moe.load_tokenizer])
-def test_no_folder(tmp_path, load):
-    error = refused(tmp_path / "nothing", "CFG-FOLDER", "nothing", load=load)
+def test_no_folder(tmp_path, refused, load):
+    error = refused(str(tmp_path / "nothing"), "CFG-FOLDER", "nothing", load=load)
     assert "repo on the Hub" in error.expected
+    # A path is never the name of a repo.
+    assert "repo" not in refused(tmp_path / "nothing", "CFG-FOLDER", "nothing", load=load).expected
     (tmp_path / "file").write_text("x")
     refused(tmp_path / "file", "CFG-FOLDER", "file", load=load)
     refused(pathlib.Path("mistralai/Mixtral-8x7B-v0.1"), "CFG-FOLDER", "Mixtral-8x7B-v0.1", load=load)
 
 
-def test_an_empty_folder(tmp_path):
+def test_a_folder_in_mistrals_own_layout(tmp_path, refused):
+    (tmp_path / "params.json").write_text("{}")
+    assert "convert.from_mistral" in refused(tmp_path, "CFG-MISSING", CONFIG).fix
+
+
+def test_a_folder_where_a_file_is_to_go(single, refused):
+    """Found before anything is changed: what was there loads as before."""
+    model = eqx_moe.from_pretrained(single)
+    (single / "eqx_moe.json").unlink()
+    (single / "eqx_moe.json").mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        eqx_moe.save_pretrained(model, single)
+    check(caught.value, "ST-SAVE", "model", "eqx_moe.json")
+    assert not list(single.glob(".*"))
+    eqx_moe.from_pretrained(single)
+
+
+def test_an_empty_folder(tmp_path, refused):
     refused(tmp_path, "CFG-MISSING", CONFIG)
     refused(tmp_path, "TOK-MISSING", "tokenizer.json", load=eqx_moe.load_tokenizer)
 
 
-def test_nothing_outside_is_opened(sharded):
+def test_nothing_outside_is_opened(sharded, refused):
     opened: list[str] | None = []
     # A hook cannot be taken away again; this one goes deaf.
     sys.addaudithook(
@@ -672,6 +722,8 @@ CONFIGS = {
     },
     **{f"vocab-{i}": ("vocab_size", v, "CFG-VALUE") for i, v in enumerate((0, -1, "29", 29.0, True, None, [], 10**12))},
     "layers-billion": ("num_hidden_layers", 10**9, "CFG-VALUE"),
+    "layers-thousand": ("num_hidden_layers", 1000, "CFG-VALUE"),
+    "experts-billion": ("num_local_experts", 10**9, "CFG-VALUE"),
     "layers-zero": ("num_hidden_layers", 0, "CFG-VALUE"),
     "heads-not-dividing": ("num_key_value_heads", 4, "CFG-VALUE"),
     "top-k-too-many": ("num_experts_per_tok", 6, "CFG-VALUE"),
@@ -688,6 +740,8 @@ MISFITS = {
     "one-layer-less": ("num_hidden_layers", 1, "ST-EXTRA"),
     "one-expert-more": ("num_local_experts", 6, "ST-MISSING"),
     "one-expert-less": ("num_local_experts", 4, "ST-EXTRA"),
+    "many-layers-more": ("num_hidden_layers", 200, "ST-MISSING"),
+    "many-experts-more": ("num_local_experts", 8000, "ST-MISSING"),
     "hidden-one-more": ("hidden_size", 13, "ST-SHAPE"),
     "hidden-huge": ("hidden_size", 2**31 - 1, "ST-SHAPE"),
     "vocab-one-more": ("vocab_size", 30, "ST-SHAPE"),
@@ -698,13 +752,13 @@ MISFITS = {
 
 @pytest.mark.parametrize("file", [CONFIG, "generation_config.json"])
 @pytest.mark.parametrize("name", JSON)
-def test_json_that_is_none(single, name, file):
+def test_json_that_is_none(single, refused, name, file):
     (single / file).write_bytes(JSON[name])
     refused(single, "CFG-JSON", file)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_that_cannot_be(single, name):
+def test_a_config_that_cannot_be(single, refused, name):
     key, value, code = CONFIGS[name]
     edit(single / CONFIG, **{key: value})
     error = refused(single, code, CONFIG, key)
@@ -714,7 +768,7 @@ def test_a_config_that_cannot_be(single, name):
 
 @pytest.mark.parametrize("name", MISFITS)
 @pytest.mark.filterwarnings("ignore:config.json has keys")
-def test_a_config_that_does_not_fit_the_weights(single, name):
+def test_a_config_that_does_not_fit_the_weights(single, refused, name):
     key, value, code = MISFITS[name]
     edit(single / CONFIG, **{key: value})
     refused(single, code, SINGLE)
@@ -731,7 +785,7 @@ def test_a_config_that_does_not_fit_the_weights(single, name):
         ("bos_token_id", True),
     ],
 )
-def test_a_generation_config_that_cannot_be(single, key, value):
+def test_a_generation_config_that_cannot_be(single, refused, key, value):
     edit(single / "generation_config.json", **{key: value})
     refused(single, "CFG-VALUE", "generation_config.json", key)
 
@@ -762,7 +816,7 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_a_tokenizer_that_cannot_be(single, name):
+def test_a_tokenizer_that_cannot_be(single, refused, name):
     act, code = TOKENIZERS[name]
     data = json.loads((single / "tokenizer.json").read_text())
     act(data)
@@ -771,7 +825,7 @@ def test_a_tokenizer_that_cannot_be(single, name):
 
 
 @pytest.mark.parametrize("name", [name for name in JSON if name != "too-large"])
-def test_tokenizer_json_that_is_none(single, name):
+def test_tokenizer_json_that_is_none(single, refused, name):
     (single / "tokenizer.json").write_bytes(JSON[name])
     refused(single, "TOK-JSON", "tokenizer.json", load=eqx_moe.load_tokenizer)
 
@@ -837,6 +891,9 @@ LOOKALIKES = {
     "byte-order-mark": lambda folder: (folder / CONFIG).write_bytes(b"\xef\xbb\xbf" + (folder / CONFIG).read_bytes()),
     "code-and-pickles-beside": canary,
     "unknown-key": lambda folder: edit(folder / CONFIG, a_new_key={"x": [1]}),
+    "no-limit-as-transformers-writes-it": lambda folder: edit(
+        folder / "tokenizer_config.json", model_max_length=int(1e30)
+    ),
 }
 
 
@@ -852,6 +909,10 @@ def test_an_odd_folder_loads(made, sharded, name, monkeypatch):
     np.testing.assert_array_equal(leaves["head.weight"], right[HEAD])
     assert loaded.generation_config.eos_token_id == (2,)
     assert not (sharded.parent / "canary").exists() and not (sharded / "canary").exists()
+    # And is saved into, with what its small files say.
+    folder = folder if isinstance(folder, pathlib.Path) else sharded
+    eqx_moe.save_pretrained(loaded, folder, eqx_moe.load_tokenizer(folder))
+    assert json.loads((folder / CONFIG).read_text()).get("auto_map") is None
 
 
 def test_a_tied_head_stored_equal(single):
@@ -874,6 +935,6 @@ def test_every_code_is_documented(root):
     used = set()
     for path in (root / "eqx_moe").rglob("*.py"):
         if path.name != "errors.py":
-            used |= set(re.findall(r'"((?:CFG|ST|IDX|SUM|TOK|HUB|DATA)-[A-Z0-9-]+)"', path.read_text()))
+            used |= set(re.findall(r'"((?:CFG|ST|IDX|SUM|TOK|HUB|DATA|COUNTS)-[A-Z0-9-]+)"', path.read_text()))
     composed = {f"{kind}-{part}" for kind in ("CFG", "IDX", "SUM", "TOK") for part in ("FILE", "JSON")}
     assert used | composed == set(CODES)

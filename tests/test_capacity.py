@@ -16,6 +16,7 @@ from weights import draw_experts
 import eqx_moe
 from eqx_moe.execution import Capacity, Dense, Grouped, Routing
 from eqx_moe.execution.capacity import capacity_oracle
+from eqx_moe.nn.gating import ClampedSwiGLU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,10 @@ def kept_by(case: Case, chosen, mask):
 def inputs(case: Case, random):
     x, dy = random.normal(size=(2, case.batch, case.seq, case.hidden)).astype(np.float32)
     weights = random.normal(size=(case.batch, case.seq, case.k)).astype(np.float32)
-    return x, dy, weights, draw_experts(case.experts, case.hidden, case.ffn, int(random.integers(2**31)))
+    # Odd numbers of experts have biases, and another function between the products.
+    gating = ClampedSwiGLU(1.3, 0.8) if case.experts % 2 else None
+    seed = int(random.integers(2**31))
+    return x, dy, weights, draw_experts(case.experts, case.hidden, case.ffn, seed, gating=gating)
 
 
 @eqx.filter_jit
@@ -257,8 +261,10 @@ def test_parts_of_a_block_add_up_to_it(dropped):
     assert first_drops + second_drops == drops
 
     def half(ffn):
-        cut = (experts.gate[:, ffn], experts.up[:, ffn], experts.down[:, :, ffn])
-        mine = eqx.tree_at(lambda e: (e.gate, e.up, e.down), experts, cut)
+        mine = experts.share(2)
+        biases = (mine.gate_bias[:, ffn], mine.up_bias[:, ffn])
+        cut = (mine.gate[:, ffn], mine.up[:, ffn], mine.down[:, :, ffn], *biases)
+        mine = eqx.tree_at(lambda e: (e.gate, e.up, e.down, e.gate_bias, e.up_bias), mine, cut)
         return run(case.execution, x, Routing(chosen, weights, shares=2), mine, mask)
 
     (first, first_drops), (second, second_drops) = half(slice(0, 2)), half(slice(2, 6))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from test_family_configs import PUBLISHED
 
 import eqx_moe
 from eqx_moe import train
@@ -75,6 +77,7 @@ print(statuses, "jax" in sys.modules)
         "inspect folder --mesh data=2,data=4",
         "inspect folder --mesh data=2,expert=x",
         "inspect folder --mesh data=2 --batch-size 0",
+        "inspect folder --mesh data=2 --dtype int8",
         "generate folder --prompt a --max-new-tokens 0",
         "generate folder --prompt a --max-new-tokens x",
         "generate folder --prompt a --temperature -1",
@@ -86,6 +89,7 @@ print(statuses, "jax" in sys.modules)
         "finetune folder --data a.txt",
         "finetune folder --data a.txt --out x --steps 0",
         "finetune folder --data a.txt --out x --lr 0",
+        "finetune folder --data a.txt --out x --router-aux-loss -1",
         "finetune folder --data a.txt --out x --seq 1",
     ],
 )
@@ -148,12 +152,34 @@ def test_inspect_plans_a_row_for_each_device_that_takes_rows(run, folder):
 
 
 @pytest.mark.parametrize(
+    ("name", "mesh", "total", "experts", "weights"),
+    [
+        # FP8 and MXFP4 as released; the layer of DeepSeek-V3 that predicts a token further ahead does not count.
+        ("DeepSeek-V3", "data=8,expert=8", 671_026_419_200, 256, "61 x layers.*.attention.kv_b.weight"),
+        ("gpt-oss-120b", "data=4,expert=4,tensor=2", 116_829_156_672, 128, "36 x layers.*.attention.sinks"),
+    ],
+)
+def test_inspect_plans_released_models_from_their_configs(run, tmp_path, name, mesh, total, experts, weights):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name][0]))
+    status, out, err = run("inspect", tmp_path, "--mesh", mesh, "--dtype", "bfloat16")
+    assert (status, err) == (0, "") and "none here" in out and "\nbfloat16 with AdamW" in out
+    assert f"parameters  {total:,} in all" in out and weights in out
+    # Two bytes each, but that the selection biases of routers stay float32.
+    (everything,) = re.findall(r"^all +([\d,]+) in all", out, re.MULTILINE)
+    assert int(everything.replace(",", "")) == 2 * (total + (58 * 256 if name == "DeepSeek-V3" else 0))
+    status, out, err = run("inspect", tmp_path, "--mesh", "expert=7")
+    assert (status, out) == (1, "")
+    assert_short(err, "7 devices", f"{experts} experts")
+
+
+@pytest.mark.parametrize(
     ("options", "parts"),
     [
         (["--mesh", "data=2,expert=3"], ["3 devices", "5 experts"]),
         (["--mesh", "data=2,pipe=3"], ["pipe", "data", "expert", "tensor"]),
         (["--mesh", "data=2", "--seq", "100000"], ["--seq", "100000"]),
         (["--seq", "16"], ["--seq", "--mesh"]),
+        (["--dtype", "bfloat16"], ["--dtype", "--mesh"]),
     ],
 )
 def test_inspect_refuses_a_mesh_in_one_paragraph(run, config_only, options, parts):

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from quantised import AHEAD, BF16, FP8, SINGLE, mxfp4_by_loops, quantise, random_fp8, write
 
 import eqx_moe
-from eqx_moe.checkpoint import leaf_paths
+from eqx_moe.checkpoint import leaf_paths, open_weights, read_array
 from eqx_moe.checkpoint.quantised import decode_fp8, decode_mxfp4, decoded
-from eqx_moe.checkpoint.shards import open_weights
 from eqx_moe.errors import CheckpointError
 
 
@@ -101,6 +100,26 @@ def test_a_model_in_fp8_loads_decoded_and_is_saved_so(tmp_path):
     assert all(leaf.dtype == BF16 for leaf in leaf_paths(model).values())
 
 
+def test_what_is_quantised_can_be_had_as_it_is(tmp_path):
+    """`open_weights` gives what is stored, `decoded` is a step of its own: codes and scales for who runs on them."""
+    tensors, plain = quantised.write_deepseek(tmp_path)
+    name = "model.layers.1.mlp.experts.5.up_proj.weight"
+    with open_weights(tmp_path) as stored:
+        assert stored.keys() == tensors.keys()
+        codes, scales = (read_array(stored[each], each) for each in (name, f"{name}_scale_inv"))
+        assert decoded(stored).keys() == plain.keys()
+    assert codes.dtype == FP8 and codes.tobytes() == tensors[name].tobytes()
+    assert decode_fp8(codes, scales).tobytes() == plain[name].tobytes()
+
+
+def test_a_selection_bias_is_float32_however_it_is_stored(tmp_path):
+    tensors, _ = quantised.write_deepseek(tmp_path)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    write(tmp_path / SINGLE, tensors | {name: tensors[name].astype(BF16)})
+    bias = eqx_moe.from_pretrained(tmp_path, dtype="auto").layers[1].moe.router.selection_bias
+    assert bias.dtype == np.float32 and np.array_equal(bias, tensors[name].astype(BF16).astype(np.float32))
+
+
 def test_scales_that_do_not_belong_are_refused(tmp_path):
     folder = tmp_path
     converting.write(folder)
@@ -128,7 +147,7 @@ def test_a_deepseek_in_fp8_with_edges_and_a_module_that_predicts_ahead(tmp_path)
     model = eqx_moe.from_pretrained(folder, dtype="auto")
     eqx_moe.save_pretrained(model, again)
     config = json.loads((again / "config.json").read_text())
-    assert "quantization_config" not in config and config["num_nextn_predict_layers"] == 1
+    assert "quantization_config" not in config and config["num_nextn_predict_layers"] == 0
     saved = safetensors.numpy.load_file(again / SINGLE)
     assert saved.keys() == {name for name in plain if not name.startswith(AHEAD)}
     for name, values in saved.items():
@@ -149,6 +168,10 @@ def test_what_is_not_known_behind_the_last_layer_is_refused(tmp_path):
         assert caught.value.code == "ST-EXTRA"
         return caught.value
 
+    # Without the matrix that joins it to the model it is a layer like others, one more than config.json says.
+    layer = {name: tensor for name, tensor in tensors.items() if name != f"{AHEAD}eh_proj.weight"}
+    write(tmp_path / SINGLE, layer)
+    assert f"{AHEAD}input_layernorm.weight" in {problem.split("'")[1] for problem in refused().problems}
     for name in (f"{AHEAD}mlp.mystery.weight", "model.layers.3.enorm.weight"):
         write(tmp_path / SINGLE, {**tensors, name: np.ones(3, BF16)})
         assert refused().item == name
@@ -173,6 +196,10 @@ def test_a_gpt_oss_in_mxfp4_is_what_it_holds(tmp_path):
     assert all(values.tobytes() == plain[name].tobytes() for name, values in saved.items())
     with pytest.raises(ValueError, match=r"'original', 'packed'\]; got 'mxfp4'"):
         eqx_moe.save_pretrained(model, again, layout="mxfp4")
+    # Its config names no dtype: that is taken from the files, and said if twice as much would be written.
+    assert model.config.dtype == "bfloat16"
+    with pytest.warns(UserWarning, match='dtype="bfloat16" for files of half the size'):
+        eqx_moe.save_pretrained(eqx_moe.from_pretrained(folder, dtype="float32"), tmp_path / "c")
 
 
 MX_WRONG = {

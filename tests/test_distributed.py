@@ -10,10 +10,12 @@ import time
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import loopback_hub
 import meshes
 import numpy as np
 import optax
 import pytest
+import two_processes
 
 import eqx_moe
 from eqx_moe import train
@@ -67,22 +69,36 @@ def test_two_processes_are_one_device(tmp_path, root, axes, more):
     here = pathlib.Path(__file__).parent
     paths = [str(root), str(here), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    port, logs = free_port(), [tmp_path / f"{process}.log" for process in range(2)]
-    processes = []
+    with loopback_hub.serve() as hub:
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        outputs = run(tmp_path, axes, environment)
+    assert all(output.endswith("all equal\n") for output in outputs), "\n\n".join(outputs)
+    saved = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    for name, content in saved.items():
+        assert (tmp_path / "again" / name).read_bytes() == content, name
+    pushed = hub.repos[two_processes.REPO].files()
+    assert {name: pushed[name] for name in pushed.keys() - {"README.md", ".gitattributes"}} == saved
+    assert hub.commits == 1
+
+
+def run(folder: pathlib.Path, axes: str, environment: dict[str, str]) -> list[str]:
+    """What the two processes write."""
+    port, logs = free_port(), [folder / f"{process}.log" for process in range(2)]
+    program, processes = [sys.executable, two_processes.__file__, str(folder), str(port)], []
     for process, log in enumerate(logs):
-        program = [sys.executable, str(here / "two_processes.py"), str(tmp_path), str(port), str(process), axes, "2,2"]
         with log.open("w") as file:
-            processes.append(subprocess.Popen(program, env=environment, stdout=file, stderr=subprocess.STDOUT))
+            processes.append(
+                subprocess.Popen(
+                    [*program, str(process), axes, "2,2"], env=environment, stdout=file, stderr=subprocess.STDOUT
+                )
+            )
     try:
         wait(processes)
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    outputs = [log.read_text()[-4000:] for log in logs]
-    assert all(output.endswith("all equal\n") for output in outputs), "\n\n".join(outputs)
-    for file in (tmp_path / "model").iterdir():
-        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+    return [log.read_text()[-4000:] for log in logs]
 
 
 def wait(processes: list[subprocess.Popen]) -> None:

@@ -12,6 +12,7 @@ from weights import draw_experts
 import eqx_moe
 from eqx_moe.execution import Dense, Grouped, Routing, resolve
 from eqx_moe.kernels.grouped_matmul import _slots, grouped_matmul, grouped_matmul_oracle
+from eqx_moe.nn.gating import ClampedSwiGLU
 from eqx_moe.nn.router import SoftmaxTopKRouter
 
 # (rows, groups, in, out): few rows (one at a time), one group, more groups than rows, sizes that divide nothing.
@@ -131,12 +132,23 @@ def test_grouped_equals_dense_in_value_and_gradients(shape, kind, seed):
         chosen = np.stack([random.permutation(count)[:k] for _ in range(tokens)])
     x, dy = random.normal(size=(2, tokens, hidden)).astype(np.float32)
     weights = random.normal(size=(tokens, k)).astype(np.float32)
-    experts = draw_experts(count, hidden, ffn, seed)
+    # Odd numbers of experts have biases, and another function between the products.
+    experts = draw_experts(count, hidden, ffn, seed, gating=ClampedSwiGLU(1.3, 0.8) if count % 2 else None)
     found, expected = (
         _run(execution, x, weights, chosen.astype(np.int32), experts, dy) for execution in (Grouped(), Dense())
     )
     for ours, theirs in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
         assert_close(ours, theirs)
+
+
+def test_clamped_swiglu_by_hand():
+    """Gate is cut off above the limit alone, up on both sides; what is cut off has no gradient."""
+    gating = ClampedSwiGLU(alpha=1.3, limit=0.8)
+    gate, up = jnp.asarray([2.0, -2.0, 0.5, 0.5]), jnp.asarray([0.3, -0.9, 1.1, 0.2])
+    cut_gate, cut_up = np.asarray([0.8, -2.0, 0.5, 0.5]), np.asarray([0.3, -0.8, 0.8, 0.2])
+    np.testing.assert_allclose(gating(gate, up), cut_gate / (1 + np.exp(-1.3 * cut_gate)) * (cut_up + 1), rtol=1e-6)
+    of_gate, of_up = jax.grad(lambda gate, up: jnp.sum(gating(gate, up)), (0, 1))(gate, up)
+    assert (of_gate != 0).tolist() == [False, True, True, True] and (of_up != 0).tolist() == [True, False, False, True]
 
 
 @pytest.mark.parametrize("execution", [Grouped(), Dense()], ids=repr)

@@ -29,6 +29,7 @@ from eqx_moe.execution import (
 )
 from eqx_moe.execution.exchange import departures, ragged, seat_of, seats
 from eqx_moe.nn.experts import Experts
+from eqx_moe.nn.gating import ClampedSwiGLU
 from eqx_moe.sharding import AXES
 
 EXPERTS, HIDDEN, FFN, K = 16, 24, 40, 3
@@ -224,37 +225,10 @@ def test_explicit_axes(context):
     assert drops == 0
 
 
-class BiasedExperts(eqx.Module):
-    """Like `Experts`, with biases: of the last product, which is added to the output, and of another."""
-
-    stacks: Experts
-    up_bias: jax.Array
-    down_bias: jax.Array
-
-    @property
-    def num_experts(self):
-        return self.stacks.num_experts
-
-    def __call__(self, x, linear):
-        hidden = linear(x, self.stacks.up, self.up_bias) * jax.nn.silu(linear(x, self.stacks.gate))
-        return linear(hidden, self.stacks.down, self.down_bias)
-
-    def partition(self, expert, tensor):
-        specs = (
-            self.stacks.partition(expert, tensor),
-            PartitionSpec(expert, tensor),
-            PartitionSpec(expert),
-        )
-        return eqx.tree_at(lambda e: (e.stacks, e.up_bias, e.down_bias), self, specs)
-
-    def share(self, parts):
-        return eqx.tree_at(lambda e: e.down_bias, self, self.down_bias / parts)
-
-
-def test_biases_are_added_once():
-    random = np.random.default_rng(3)
-    biases = [jnp.asarray(random.normal(size=(EXPERTS, size)), jnp.float32) for size in (FFN, HIDDEN)]
-    check(ExpertParallel(make_mesh((1, 2, 4))), ALL, experts=BiasedExperts(make_experts(), *biases))
+@pytest.mark.parametrize("shape", [(1, 2, 4), (2, 2, 2)], ids=str)
+def test_biases_are_added_once(shape):
+    experts = draw_experts(EXPERTS, HIDDEN, FFN, gating=ClampedSwiGLU(1.3, 0.8))
+    check(ExpertParallel(make_mesh(shape)), ALL, experts=experts)
 
 
 def test_bfloat16_stays_bfloat16():

@@ -15,7 +15,8 @@ NAMES = sorted(file.stem for file in FOLDER.glob("*.npz"))
 each_fixture = pytest.mark.parametrize("name", NAMES)
 # One of each family, with a window where it has one; the live parity tests generate with many more.
 GREEDY = ["mixtral-window-sharded", "llama-dynamic-sharded", "mistral-window", "qwen2-window-tied"]
-GREEDY += ["qwen3-window-llama3-biases"]
+GREEDY += ["qwen3-window-llama3-biases", "qwen3-moe-dense-layer-sharded", "olmoe-clipped", "gpt-oss-windows-yarn"]
+GREEDY += ["deepseek-v3-groups-sharded"]
 
 
 def load(name: str):

@@ -65,7 +65,7 @@ def fuzzed(examples: int):
     )
 
 
-@fuzzed(600)
+@fuzzed(2500)
 @given(st.one_of(tiled(), st.dictionaries(NAMES, ENTRIES | JUNK, max_size=3)), st.sampled_from([0, 0, 0, 1, -1, 7]))
 def test_made_up_headers(header, more):
     """Whatever is accepted, safetensors accepts with the same content."""
@@ -97,7 +97,7 @@ def shards(tmp_path_factory) -> pathlib.Path:
 RIGHT = {"a": SHARDS[0], "b": SHARDS[0], "c": SHARDS[1]}
 
 
-@fuzzed(600)
+@fuzzed(2500)
 @given(
     st.one_of(
         JUNK,

@@ -9,38 +9,22 @@ import traceback
 
 import huggingface_hub
 import jax
-import numpy as np
 import pytest
 import tiny
-from huggingface_hub import constants
+from downloading import CONFIG, GENERATION, HEADER, INDEX, LARGE, REPO, SHARDS, cache, files_of, refused, weights
 
 import eqx_moe
 import eqx_moe.remote.download
-from eqx_moe.checkpoint import leaf_paths
 from eqx_moe.cli import main
 from eqx_moe.errors import CheckpointError
 from eqx_moe.push import push_folder
 from eqx_moe.remote import client, space
-
-REPO = "org/tiny-model"
-INDEX, CONFIG, GENERATION = "model.safetensors.index.json", "config.json", "generation_config.json"
-SHARDS = [f"model-{i:05}-of-00004.safetensors" for i in range(1, 5)]
-# The paths of the storage are hashes. A range from 0 is for a header, another goes on with a download.
-LARGE = r"GET /[0-9a-f]{64}( bytes=[1-9]\d*-)?$"
-HEADER = "GET /[0-9a-f]{64} bytes=0-"
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> dict[str, bytes]:
     """The files of a model in four shards."""
     return files_of(tmp_path_factory.mktemp("saved"), seed=3)
-
-
-def files_of(folder: pathlib.Path, seed: int, **options) -> dict[str, bytes]:
-    eqx_moe.save_pretrained(
-        tiny.model(seed=seed), folder, **{"tokenizer": tiny.tokenizer(), "max_shard_size": 10_000} | options
-    )
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 @pytest.fixture
@@ -50,29 +34,12 @@ def repo(hub, saved):
     return hub
 
 
-def weights(model) -> bytes:
-    return b"".join(np.asarray(leaf).tobytes() for leaf in leaf_paths(model).values())
-
-
 @pytest.fixture(scope="module")
 def right(saved, tmp_path_factory) -> bytes:
     folder = tmp_path_factory.mktemp("right")
     for name, content in saved.items():
         (folder / name).write_bytes(content)
     return weights(eqx_moe.from_pretrained(folder))
-
-
-def refused(code: str, *parts: str, where: str = REPO, **options) -> CheckpointError:
-    with pytest.raises(CheckpointError) as caught:
-        eqx_moe.from_pretrained(where, **options)
-    assert caught.value.code == code, caught.value
-    for part in parts:
-        assert part in str(caught.value), caught.value
-    return caught.value
-
-
-def cache() -> pathlib.Path:
-    return pathlib.Path(constants.HF_HUB_CACHE) / f"models--{REPO.replace('/', '--')}"
 
 
 # --- What is asked for -----------------------------------------------------------------------------------------------
@@ -383,74 +350,6 @@ def test_refusals(repo):
         repo.fault("GET /api/models", "status", status=status, headers=headers)
         refused(code)
         assert len(repo.requests) == 1, "what will not pass is not asked twice"
-
-
-# --- Without the Hub -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def unplugged(repo, monkeypatch):
-    """Pulls the plug: nothing listens at the client's address any more."""
-
-    def pull() -> None:
-        repo.requests.clear()
-        repo.connect(monkeypatch.setattr, "http://127.0.0.1:9")
-
-    return pull
-
-
-def test_offline_from_the_cache(repo, right, unplugged, monkeypatch, caplog):
-    eqx_moe.from_pretrained(REPO)
-    eqx_moe.load_tokenizer(REPO)
-    unplugged()
-    assert weights(eqx_moe.from_pretrained(REPO, local_files_only=True)) == right
-    assert eqx_moe.load_tokenizer(REPO, local_files_only=True).to_str() == tiny.tokenizer().to_str()
-    assert not repo.naps and not caplog.records
-    assert weights(eqx_moe.from_pretrained(REPO)) == right
-    assert "taken from the cache" in caplog.text and sum(repo.naps) < 3
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert weights(eqx_moe.from_pretrained(REPO)) == right
-    refused("HUB-OFFLINE", where="org/never-seen")
-
-
-def test_offline_with_a_part(repo, unplugged, saved):
-    refused("HUB-OFFLINE", "'main'", local_files_only=True)
-    eqx_moe.load_config(REPO)
-    assert eqx_moe.load_config(REPO, local_files_only=True) == eqx_moe.load_config(REPO)
-    refused("HUB-OFFLINE", GENERATION, local_files_only=True)
-    eqx_moe.from_pretrained(REPO)
-    for name in SHARDS[1:3]:
-        next(cache().glob(f"snapshots/*/{name}")).unlink()
-    unplugged()
-    refused("HUB-OFFLINE", SHARDS[1], SHARDS[2], local_files_only=True)
-    assert not repo.requests
-
-
-def test_a_cache_that_others_filled(repo, right, saved, unplugged):
-    """Nothing of ours beside it: what lies there is the model, and the names of the blobs are hashes."""
-    huggingface_hub.snapshot_download(REPO)
-    unplugged()
-    assert weights(eqx_moe.from_pretrained(REPO, local_files_only=True)) == right
-    shutil.rmtree(cache() / ".eqx_moe")
-    blob = next(cache().glob(f"snapshots/*/{SHARDS[0]}")).resolve()
-    content = bytearray(blob.read_bytes())
-    content[-7] ^= 4
-    blob.write_bytes(content)
-    refused("HUB-HASH", SHARDS[0], "download it again", local_files_only=True)
-    refused("HUB-OFFLINE", SHARDS[0], local_files_only=True)
-
-
-def test_a_cache_that_cannot_be_written_to(repo, right, monkeypatch):
-    """As root no permission stops anybody, so writing is made to fail."""
-    huggingface_hub.snapshot_download(REPO)
-
-    def refuse(self, *args, **options):
-        raise PermissionError(13, "Permission denied", str(self))
-
-    monkeypatch.setattr(pathlib.Path, "write_text", refuse)
-    monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
-    for _ in range(2):
-        assert weights(eqx_moe.from_pretrained(REPO)) == right
 
 
 # --- Secrets ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 
 import loopback_hub
+import pushing
 import pytest
 import tiny
 
@@ -17,7 +19,7 @@ import eqx_moe
 
 REPO = "org/tiny-model"
 KILLS = [pytest.param(20, id="20"), pytest.param(200, id="200", marks=pytest.mark.full)]
-WRITES = ("PUT", "POST")
+WRITES = "^PUT|^POST .*/commit/"  # what brings content to the Hub, and what makes it visible
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
 
@@ -26,7 +28,8 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKI
 def folders(tmp_path_factory) -> list[pathlib.Path]:
     """Two models, of other shards and of another name for each."""
     made = [tmp_path_factory.mktemp("kills") / name for name in ("first", "second")]
-    for seed, size, folder in zip((3, 4), (5_000, 12_000), made, strict=True):
+    for seed, folder in zip((3, 4), made, strict=True):
+        size = pushing.SHARD_SIZES[folder.name]
         eqx_moe.save_pretrained(tiny.model(seed=seed), folder, tokenizer=tiny.tokenizer(), max_shard_size=size)
     return made
 
@@ -39,8 +42,17 @@ class Pusher:
         self.process = process
         self.whole = {folder: {file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders}
 
-    def push(self, folder: pathlib.Path, kind: str = "whole", *, at: int | None = None, after: float | None = None):
-        """Starts a push, kills it at its n-th request or after some seconds; gives how it ended and what it asked."""
+    def push(
+        self,
+        folder: pathlib.Path,
+        kind: str = "folder",
+        *,
+        at: int | None = None,
+        of: str = "",
+        after: float | None = None,
+    ) -> tuple[int, list[str]]:
+        """Starts a push, kills it at its n-th request (`of` a pattern) or after some seconds; gives how it ended and
+        what it asked."""
         hub, started, lock = self.hub, threading.Event(), threading.Lock()
         child: list[int] = []
 
@@ -52,7 +64,7 @@ class Pusher:
 
         hub.requests.clear()
         hub.faults.clear()
-        hub.fault("", lambda hub: kill() if hub.count("") == at else None, times=10**6)
+        hub.fault(of, lambda hub: kill() if hub.count(of) == at else None, times=10**6)
         self.say(f"{kind} {folder} {REPO}")
         child.append(self.hear("started"))
         started.set()
@@ -121,28 +133,36 @@ def pusher(root, folders, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kills", KILLS)
-def test_killed_at_random_moments(pusher, folders, kills):
+@pytest.mark.parametrize("kind", ["folder", "model"])
+def test_killed_at_random_moments(pusher, folders, kind, kills):
     draw = random.Random(7)
+    assert pusher.push(folders[1], kind)[0] == 0
     start = time.monotonic()
-    assert pusher.push(folders[0])[0] == 0
+    status, asked = pusher.push(folders[0], kind)
     took = time.monotonic() - start
-    assert pusher.held() == folders[0]
-    requests, inside, died, landed = 12, 0, 0, 0
+    assert status == 0 and pusher.held() == folders[0]
+    died, inside = 0, 0
     for i in range(kills):
         # Until a push ends, the other model is what it is to become.
         old = pusher.held()
         new = next(folder for folder in folders if folder != old)
-        when = dict(at=draw.randint(1, requests)) if i % 2 else dict(after=draw.uniform(0, took))
-        status, asked = pusher.push(new, **when)
+        if i % 4:  # now and then, what killed pushes have uploaded is there already
+            pusher.hub.large.clear()
+        when = [
+            dict(at=draw.randint(1, 6), of=WRITES),
+            dict(at=draw.randint(1, len(asked))),
+            dict(after=draw.uniform(0, took)),
+        ][i % 3]
+        status, seen = pusher.push(new, kind, **when)
         assert pusher.held() in (old, new)
-        died += status == -signal.SIGKILL
-        landed += pusher.held() == new
-        inside += status == -signal.SIGKILL and any(request.startswith(WRITES) for request in asked)
+        if status == -signal.SIGKILL:
+            died += 1
+            inside += bool(seen and re.search(WRITES, seen[-1]))
     assert inside >= kills / 4, f"{inside} of {kills} kills came inside a write"
     assert died >= kills / 2, f"{died} of {kills} came before the end"
     # Whatever was left behind, the next push makes whole.
     for folder in folders:
-        assert pusher.push(folder)[0] == 0
+        assert pusher.push(folder, kind)[0] == 0
         assert pusher.held() == folder
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pathlib
+import subprocess
 import tempfile
 import traceback
 
@@ -20,7 +21,7 @@ from eqx_moe.cli import main
 from eqx_moe.errors import CheckpointError
 from eqx_moe.push import push_folder
 from eqx_moe.remote.card import model_card
-from eqx_moe.remote.client import is_repo
+from eqx_moe.remote.client import is_repo, is_revision
 
 REPO = "org/tiny-model"
 TOKEN = "hf_PlantedToken0123456789abcdefghij"
@@ -166,10 +167,11 @@ def test_only_the_first_process_uploads(hub, models, monkeypatch):
     files = module.weight_files
 
     def counted(*args, **options):
+        contents, size = files(*args, **options)
         return {
             name: lambda name=name, content=content: (gathered.append(name), *content())[1:]
-            for name, content in files(*args, **options).items()
-        }
+            for name, content in contents.items()
+        }, size
 
     monkeypatch.setattr(module, "weight_files", counted)
     monkeypatch.setattr(module, "is_of_one_process", lambda leaves: False)
@@ -179,6 +181,19 @@ def test_only_the_first_process_uploads(hub, models, monkeypatch):
     assert not hub.requests
     monkeypatch.setattr(jax, "process_index", lambda: 0)
     assert push(models[0]) and len(synced) == 2 and hub.commits == 1
+
+
+NO_BRANCHES = ["a b", "a/../c", "/a", "a/", "a//b", "-a", ".a", "a/.b", "a.lock", "a.lock/b", "a.", "@", "a@{1}"]
+NO_BRANCHES += ["a~1", "a^", "a:b", "a?", "a*", "a[b", "a\\b", "a\x7f", "a\nb", "a\ud800", "HEAD", "0123456789" * 4]
+
+
+def test_branches_are_what_git_says():
+    # Two names stand for what is there, which may be loaded; and no process is given half a surrogate pair.
+    special = {"@", "HEAD", "a\ud800"}
+    for name in {"a", "a/b", "v1.0#2", "main@x", "über", "a-b_c.d", "refs/pr/1", *NO_BRANCHES} - special:
+        check = subprocess.run(["git", "check-ref-format", "--branch", name], capture_output=True)
+        assert (check.returncode == 0) == is_revision(name), name
+    assert [name for name in special if is_revision(name)] == ["HEAD"]
 
 
 def test_wrong_arguments_come_before_any_request(hub, models):
@@ -198,6 +213,7 @@ def test_wrong_arguments_come_before_any_request(hub, models):
             eqx_moe.push_to_hub(models[0], repo)
     for options, match in (
         (dict(create_pr=True, revision="a-branch"), "create_pr"),
+        *((dict(revision=name), "`revision`") for name in NO_BRANCHES),
         (dict(layout="flat"), "`layout`"),
         (dict(dtype="int8"), "`dtype`"),
         (dict(max_shard_size="big"), "max_shard_size"),
@@ -329,6 +345,14 @@ def test_a_lost_answer_makes_no_second_pull_request(hub, models, before):
     assert hub.repos[REPO].files() == before
 
 
+@pytest.mark.parametrize("stage, code", [("commit", "HUB-CONFLICT"), ("upload", "HUB-FAILED")])
+def test_a_conflict_is_one_of_commits(hub, models, before, stage, code):
+    hub.fault(STAGES[stage], "status", times=10**6, status=409)
+    with pytest.raises(CheckpointError, match=code):
+        push(models[1])
+    assert hub.repos[REPO].files() == before
+
+
 def test_somebody_else_commits_meanwhile(hub, models, before, after):
     theirs = before | {"notes.txt": b"theirs"}
     hub.fault("POST .*/commit/", lambda hub: hub.put(REPO, theirs))
@@ -341,15 +365,25 @@ def test_somebody_else_commits_meanwhile(hub, models, before, after):
 
 
 @pytest.mark.parametrize(
-    "status, code", [(401, "HUB-ACCESS"), (403, "HUB-ACCESS"), (413, "HUB-FAILED"), (422, "HUB-FAILED")]
+    "status, code, fix",
+    [
+        (401, "HUB-ACCESS", "log in"),
+        (403, "HUB-ACCESS", "log in"),
+        (400, "HUB-FAILED", "what the Hub says"),
+        (404, "HUB-FAILED", "still there"),
+        (410, "HUB-FAILED", "still there"),
+        (413, "HUB-FAILED", "max_shard_size"),
+        (422, "HUB-FAILED", "what the Hub says"),
+        (507, "HUB-FAILED", "make room"),
+    ],
 )
 @pytest.mark.parametrize("stage", ["preupload", "commit"])
-def test_refusals_are_not_tried_again(hub, models, before, stage, status, code):
+def test_refusals_are_not_tried_again(hub, models, before, stage, status, code, fix):
     hub.fault(STAGES[stage], "status", times=10**6, status=status)
     hub.requests.clear()
     with pytest.raises(CheckpointError, match=code) as caught:
         push(models[1])
-    assert str(status) in caught.value.found
+    assert str(status) in caught.value.found and fix in caught.value.fix
     assert hub.count(STAGES[stage]) == 1 and hub.repos[REPO].files() == before
 
 

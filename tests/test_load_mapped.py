@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from eqx_moe.checkpoint import Name, load_leaves, open_weights, read_array, reader, save_leaves
+from eqx_moe.checkpoint import Name, Skipped, load_leaves, open_weights, read_array, reader, save_leaves
 from eqx_moe.checkpoint.dtypes import DTYPES
 from eqx_moe.checkpoint.header import DTYPE_BITS, write_header
 from eqx_moe.checkpoint.mapping import may_be_mapped
@@ -116,7 +116,7 @@ def test_a_stack_that_does_not_lie_as_the_model_has_it_is_read(tmp_path, local, 
     index = {name: f"{i}.safetensors" for i, part in enumerate(parts) for name in part}
     (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {index}}}'.replace("'", '"'))
     shapes = {"gate": jax.ShapeDtypeStruct(tree["gate"].shape, "float32")}
-    loaded = load_leaves(tmp_path, shapes, {"only": names}, skipped={"other": "a filler"})
+    loaded = load_leaves(tmp_path, shapes, {"only": names}, skipped=[Skipped("other", "a filler")])
     assert same(loaded, tree) and not mapped(loaded["gate"])
 
 

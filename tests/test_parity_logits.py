@@ -97,6 +97,37 @@ def test_logits_and_greedy_text(written, tmp_path):
     assert eqx_moe.generate(ours, prompt.tolist(), max_new_tokens=new, eos_ids=[]) == [answer[0, length:].tolist()]
 
 
+#: The configs that are compared in bfloat16.
+NARROW = ["mixtral-many-experts", "llama-biases", "mistral-window", "qwen2-plain", "qwen3-plain", "qwen3_moe-plain"]
+NARROW += ["olmoe-clipped", "gpt_oss-plain", "gpt_oss-no-biases", "deepseek_v3-plain", "deepseek_v3-not-normalised"]
+
+
+def bfloat16_errors(case, folder):
+    """The error of every token's logits in bfloat16 (root of the mean square), ours and theirs, against float32.
+
+    Of the same weights, that bfloat16 holds, so that what is computed alone differs.
+    """
+    reference(case).to(torch.bfloat16).save_pretrained(folder)
+    tokens = text(case, rows=16)
+    exact = reference_logits(load_reference(folder), tokens)
+    ours = eqx_moe.from_pretrained(folder, dtype="bfloat16")
+    found = jax.jit(lambda t: ours(t))(tokens), reference_logits(load_reference(folder).to(torch.bfloat16), tokens)
+    return tuple(np.sqrt(np.mean((np.asarray(each) - exact) ** 2, axis=-1)).ravel() for each in found)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_bfloat16_is_as_near_to_float32_as_theirs(name, tmp_path):
+    """Near scores change places when they are rounded; a token that visits other experts is far off in either library.
+
+    So medians are compared, and over the tokens that are off by less than ten medians in both the mean square.
+    """
+    ours, theirs = bfloat16_errors(next(case for case in CASES if str(case) == name), tmp_path)
+    assert 0 < np.median(ours) <= 1.5 * np.median(theirs)
+    near = np.maximum(ours, theirs) < 10 * np.median(theirs)
+    assert near.mean() > 0.9
+    assert np.mean(ours[near] ** 2) <= 1.5**2 * np.mean(theirs[near] ** 2)
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in ("plain", "window")], ids=str)
 def test_random_weights_of_ours_load_there(case, tmp_path):
     model = eqx_moe.init(case.parsed, key=jax.random.key(3))

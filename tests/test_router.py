@@ -89,6 +89,62 @@ def test_sigmoid_router_by_hand():
             SigmoidTopKRouter(3, 4, k, normalise=True, scale=1.0, **SIGMOID)
 
 
+GROUPED = [(12, 4, 2, 3), (12, 2, 1, 5), (16, 4, 3, 6), (14, 7, 7, 4), (10, 5, 1, 2)]
+
+
+def grouped_by_loops(scores, bias, groups, kept, k):
+    """The k best experts, by score plus bias, of the groups whose two best have the largest sums; lower wins a tie."""
+    choice, size = scores + bias, len(scores) // groups
+    sums = [sum(sorted(choice[g * size : (g + 1) * size])[-2:]) for g in range(groups)]
+    best = sorted(range(groups), key=lambda g: (-sums[g], g))[:kept]
+    eligible = [e for e in range(len(scores)) if e // size in best]
+    return sorted(eligible, key=lambda e: (-choice[e], e))[:k]
+
+
+@pytest.mark.parametrize("experts, groups, kept, k", GROUPED)
+def test_groups_of_experts_are_those_of_loops(experts, groups, kept, k):
+    random = np.random.default_rng(experts)
+    options = dict(groups=groups, kept_groups=kept, normalise=False, scale=2.5)
+    router = SigmoidTopKRouter(5, experts, k, **options, **SIGMOID)
+
+    @jax.jit
+    @jax.vmap
+    def route(logits, bias):
+        return eqx.tree_at(lambda r: r.selection_bias, router, bias).route(logits)
+
+    # Scores that are all one half and biases in eighths: many ties. Negative ones change nothing of all this.
+    logits = random.normal(size=(60, experts)) * (np.arange(60) < 40)[:, None]
+    bias = random.integers(-8, 4, (60, experts)) / 8
+    routing = route(jnp.asarray(logits, jnp.float32), jnp.asarray(bias, jnp.float32))
+    for row in range(60):
+        scores = 1 / (1 + np.exp(-logits[row]))
+        expected = grouped_by_loops(scores, bias[row], groups, kept, k)
+        assert routing.experts[row].tolist() == expected
+        np.testing.assert_allclose(routing.weights[row], 2.5 * scores[expected], rtol=1e-5)
+
+
+def test_groups_that_do_not_fit_are_refused():
+    options = dict(normalise=True, scale=1.0, **SIGMOID)
+    for k, groups, kept, message in [
+        (2, 5, 1, "groups=5 and experts=12"),
+        (2, 3, 4, "kept_groups=4 and groups=3"),
+        (2, 12, 3, "experts=12 in groups=12"),
+        (7, 4, 2, "k=7 and kept_groups=2 groups of 3"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            SigmoidTopKRouter(3, 12, k, groups=groups, kept_groups=kept, **options)
+
+
+def test_softmax_router_with_a_bias_and_without_normalising():
+    router = SoftmaxTopKRouter(2, 3, 2, normalise=False, bias=True, std=0.0, dtype="bfloat16", key=jax.random.key(0))
+    assert router.bias.tolist() == [0, 0, 0]
+    router = eqx.tree_at(lambda r: r.bias, router, jnp.log(jnp.asarray([0.5, 2.0, 1.5])).astype(jnp.bfloat16))
+    logits = router.logits(jnp.ones((1, 2), jnp.bfloat16))
+    routing = router.route(logits)
+    assert logits.dtype == jnp.float32 and routing.experts.tolist() == [[1, 2]]
+    np.testing.assert_allclose(routing.weights, [[0.5, 0.375]], rtol=5e-3)
+
+
 def test_the_selection_bias_has_no_gradient_and_the_weights_have():
     router = SigmoidTopKRouter(7, 5, 2, normalise=True, scale=1.5, **SIGMOID)
     x = jax.random.normal(jax.random.key(1), (13, 7))
@@ -182,14 +238,14 @@ def test_load_balancing_loss_is_that_of_transformers(masked):
         np.testing.assert_allclose(mine, tensor.grad.numpy(), rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-def test_sigmoid_router_is_that_of_transformers(normalise):
+@pytest.mark.parametrize("normalise, groups, kept", [(False, 1, 1), (True, 1, 1), (True, 4, 2)])
+def test_sigmoid_router_is_that_of_transformers(normalise, groups, kept):
     torch = pytest.importorskip("torch")
     modeling = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
     from transformers import DeepseekV3Config
 
     config = DeepseekV3Config(
-        hidden_size=16, n_routed_experts=12, num_experts_per_tok=3, n_group=1, topk_group=1,
+        hidden_size=16, n_routed_experts=12, num_experts_per_tok=3, n_group=groups, topk_group=kept,
         norm_topk_prob=normalise, routed_scaling_factor=2.5,
     )  # fmt: skip
     theirs = modeling.DeepseekV3TopkRouter(config)
@@ -201,7 +257,8 @@ def test_sigmoid_router_is_that_of_transformers(normalise):
     with torch.no_grad():
         logits, weights, experts = (each.numpy() for each in theirs(torch.tensor(x)))
 
-    ours = SigmoidTopKRouter(16, 12, 3, normalise=normalise, scale=2.5, **SIGMOID)
+    options = dict(groups=groups, kept_groups=kept, normalise=normalise, scale=2.5)
+    ours = SigmoidTopKRouter(16, 12, 3, **options, **SIGMOID)
     ours = eqx.tree_at(lambda r: (r.weight, r.selection_bias), ours, (jnp.asarray(weight), jnp.asarray(bias)))
     np.testing.assert_allclose(ours.logits(jnp.asarray(x)), logits, rtol=1e-5, atol=1e-5)
     routing = ours.route(jnp.asarray(logits))
@@ -223,7 +280,7 @@ def test_jitter_has_mean_one_and_needs_a_key(dtype):
     router = SoftmaxTopKRouter(size, size, 1, std=0.0, dtype=dtype, key=jax.random.key(0))
     router = eqx.tree_at(lambda r: r.weight, router, jnp.eye(size, dtype=dtype))
     experts = Experts(size, size, 3, std=0.0, dtype=dtype, key=jax.random.key(0))
-    moe = MoE(router, experts, Grouped(), jitter=0.02)
+    moe = MoE(router, experts, execution=Grouped(), jitter=0.02)
     x, mask = jnp.ones((4, 512, size), dtype), jnp.ones((4, 512), bool)
     see = eqx.filter_jit(lambda moe, key: moe(x, mask, key)[1].logits)
     seen = see(moe, jax.random.key(4))
@@ -232,4 +289,4 @@ def test_jitter_has_mean_one_and_needs_a_key(dtype):
         seen.mean(), 1, atol=4 * 0.02 / np.sqrt(3 * seen.size) + (1e-3 if dtype != "float32" else 0)
     )
     assert jnp.all(see(moe, None) == 1)
-    assert jnp.all(see(MoE(router, experts, Grouped()), jax.random.key(4)) == 1)
+    assert jnp.all(see(MoE(router, experts, execution=Grouped()), jax.random.key(4)) == 1)

@@ -7,6 +7,7 @@ import jax
 import meshes
 import numpy as np
 import pytest
+import quantised
 from weights import draw
 
 import eqx_moe
@@ -98,3 +99,18 @@ def test_the_host_holds_one_expert_while_saving(model, tmp_path, monkeypatch):
     eqx_moe.save_pretrained(spread, tmp_path)
     assert len(sizes) == len(leaf_paths(model)) - 3 + 3 * 16
     assert all(entry == leaf // (16 if stacked else 1) for leaf, entry, stacked in sizes)
+
+
+@pytest.mark.parametrize(
+    "write, shape",
+    [(quantised.write_gpt_oss, (2, 1, 4)), (quantised.write_deepseek, (2, 2, 2))],
+    ids=["mxfp4", "fp8"],
+)
+def test_quantised_files_are_decoded_part_by_part(write, shape, tmp_path):
+    """Experts that interleave and transpose on disk, and blocks with edges: the same weights on a mesh as without."""
+    write(tmp_path)
+    whole = leaf_paths(eqx_moe.from_pretrained(tmp_path, dtype="auto"))
+    split = leaf_paths(eqx_moe.from_pretrained(tmp_path, dtype="auto", mesh=meshes.mesh(shape)))
+    for path, leaf in whole.items():
+        assert split[path].dtype == leaf.dtype and np.array_equal(split[path], leaf), path
+    assert any(not leaf.is_fully_replicated for leaf in split.values())

@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import statistics
+import time
 
 import equinox as eqx
 import jax
@@ -11,11 +13,13 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from test_family_configs import PUBLISHED
 from weights import draw
 
 import eqx_moe
 from eqx_moe import train
 from eqx_moe.checkpoint import leaf_paths
+from eqx_moe.models import count_parameters, parse_config, skeleton
 from eqx_moe.nn.stack import Stack
 from eqx_moe.train import loop
 
@@ -25,6 +29,14 @@ RUNS = eqx_moe.Qwen2Config(
     vocab_size=53, hidden_size=12, intermediate_size=17, num_hidden_layers=5, num_attention_heads=3,
     num_key_value_heads=1, use_sliding_window=True, sliding_window=4,
     layer_types=("sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "sliding_attention"),
+)  # fmt: skip
+# As gpt-oss, every second layer has a window: one pattern of two, and a layer that is left over.
+TURNS = dataclasses.replace(RUNS, layer_types=("sliding_attention", "full_attention") * 2 + ("sliding_attention",))
+# Dense and sparse layers in turn.
+MIXED = eqx_moe.Qwen3MoeConfig(
+    vocab_size=53, hidden_size=12, intermediate_size=17, num_hidden_layers=4, num_attention_heads=3,
+    num_key_value_heads=1, head_dim=4, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=7,
+    decoder_sparse_step=2,
 )  # fmt: skip
 
 
@@ -45,7 +57,11 @@ def assert_close(ours, theirs):
         assert np.abs(mine - other).max() <= 1e-5 * max(1.0, np.abs(other).max())
 
 
-@pytest.mark.parametrize("config, counts", [(DEEP, [2]), (RUNS, [2, 1, 2])], ids=["one run", "runs"])
+@pytest.mark.parametrize(
+    "config, counts",
+    [(DEEP, [2]), (RUNS, [2, 1, 2]), (TURNS, [4, 1]), (MIXED, [4])],
+    ids=["one run", "runs", "turns", "dense and sparse"],
+)
 def test_stacking_and_back_is_the_same_model(config, counts):
     model = tiny.model(config)
     stacked = eqx_moe.stack(model)
@@ -56,10 +72,51 @@ def test_stacking_and_back_is_the_same_model(config, counts):
     assert_same(eqx_moe.stack(stacked), stacked)
 
 
-@pytest.mark.parametrize("config, rematerialise", [(DEEP, True), (RUNS, False)], ids=["one run", "runs"])
+@pytest.mark.parametrize(
+    "name, shape",
+    [("gpt-oss-120b", [(2, 18)]), ("DeepSeek-V3", [(1, 3), (1, 58)]), ("Qwen3-30B-A3B", [(1, 48)])],
+)
+def test_released_models_become_one_stack_or_two(name, shape):
+    """Each (layers of its pattern, repeats): so many layers a program has, and compiles."""
+    model = skeleton(parse_config(PUBLISHED[name][0], "config.json"))
+    stacked = eqx.filter_eval_shape(eqx_moe.stack, model)
+    assert [(len(layer.blocks), layer.repeats) for layer in stacked.layers] == shape
+    assert count_parameters(stacked) == count_parameters(model) and stacked.depth == model.depth
+
+
+@pytest.mark.full
+def test_a_pattern_compiles_in_a_time_that_depth_hardly_changes():
+    """A step of gpt-oss, of 8 and of 32 layers with and without a window in turn; medians."""
+    config, given = meshes.FAMILIES["gpt_oss"], meshes.batch(rows=8)
+    optimizer = train.adamw(1e-4, 10)
+
+    def seconds(depth: int) -> float:
+        deep = dataclasses.replace(config, num_hidden_layers=depth, layer_types=None)
+        model = eqx.filter_eval_shape(eqx_moe.stack, skeleton(deep))
+        state = jax.eval_shape(optimizer.init, model)
+        began = time.perf_counter()
+        jax.jit(lambda *step: loop.update(optimizer, *step)).lower(model, state, given).compile()
+        return time.perf_counter() - began
+
+    few, many = (statistics.median(each) for each in zip(*[(seconds(8), seconds(32)) for _ in range(3)], strict=True))
+    print(f"8 layers {few:.1f} s, 32 layers {many:.1f} s")
+    assert many < 1.5 * few
+
+
+@pytest.mark.parametrize(
+    "config, rematerialise",
+    [(DEEP, True), (RUNS, False), (TURNS, True), (MIXED, True)],
+    ids=["one run", "runs", "turns", "dense and sparse"],
+)
 def test_a_stacked_model_computes_the_same(config, rematerialise):
     """Loss, metrics, router's outputs and every gradient, with a key for the jitter."""
     model = tiny.model(config)
+    # In this family no config has jitter, with which each layer draws from its own key.
+    noisy = tuple(
+        layer if layer.moe is None else dataclasses.replace(layer, moe=dataclasses.replace(layer.moe, jitter=0.2))
+        for layer in model.layers
+    )
+    model = dataclasses.replace(model, layers=noisy)
     stacked = eqx_moe.stack(model, rematerialise=rematerialise)
     given, key = batch(model), jax.random.key(7)
     step = eqx.filter_jit(eqx.filter_value_and_grad(train.loss, has_aux=True))
@@ -79,7 +136,7 @@ def test_a_stacked_model_saves_and_generates_and_takes_options(tmp_path):
     assert eqx_moe.generate(stacked, prompts, 6) == eqx_moe.generate(model, prompts, 6)
     assert list(eqx_moe.stream(stacked, prompts[0], 3)) == list(eqx_moe.stream(model, prompts[0], 3))
     dense = eqx_moe.with_options(stacked, execution="dense")
-    assert dense.layers[0].block.moe.execution == eqx_moe.execution.Dense()
+    assert dense.layers[0].blocks[0].moe.execution == eqx_moe.execution.Dense()
     with pytest.raises(ValueError, match="got 1 stacks for 2 layers.*unstack"):
         stacked.init_cache(1, 5)
     with pytest.raises(ValueError, match="got 1 stacks for 2 layers.*unstack"):
@@ -100,8 +157,8 @@ def test_weight_decay_leaves_stacked_norms_alone():
     model = tiny.model(dataclasses.replace(RUNS, layer_types=("full_attention",) * 5))
     plain, stacked = train.are_matrices(model), train.are_matrices(eqx_moe.stack(model))
     assert jax.tree.leaves(stacked.layers) == jax.tree.leaves(plain.layers[0])
-    assert not stacked.layers[0].block.ffn_norm.weight and not stacked.layers[0].block.attention.q.bias
-    assert stacked.layers[0].block.attention.q.weight and stacked.embed.weight
+    assert not stacked.layers[0].blocks[0].ffn_norm.weight and not stacked.layers[0].blocks[0].attention.q.bias
+    assert stacked.layers[0].blocks[0].attention.q.weight and stacked.embed.weight
 
 
 def test_fit_trains_deep_models_stacked_and_gives_them_back_apart(monkeypatch):
@@ -147,14 +204,25 @@ def test_rematerialisation_computes_again_and_sends_nothing_again():
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; on a CPU, JAX_NUM_CPU_DEVICES=8")
-def test_stacked_on_a_mesh():
+@pytest.mark.parametrize(
+    "config",
+    [
+        dataclasses.replace(meshes.MIXTRAL, num_hidden_layers=2),
+        pytest.param(
+            dataclasses.replace(meshes.FAMILIES["gpt_oss"], num_hidden_layers=4, layer_types=None),
+            marks=pytest.mark.full,
+        ),
+    ],
+    ids=["mixtral", "gpt_oss"],
+)
+def test_stacked_on_a_mesh(config):
     """Placed as its layers were, and the same step as on one device."""
-    config = dataclasses.replace(meshes.MIXTRAL, num_hidden_layers=2)
     alone = draw(config)
     model = eqx_moe.with_options(alone, mesh=meshes.mesh((2, 2, 2)))
     stacked = eqx_moe.stack(model, rematerialise=True)
-    gate = stacked.layers[0].block.moe.experts.gate
+    gate = stacked.layers[0].blocks[0].moe.experts.gate
     assert tuple(gate.sharding.spec) == (None, *model.layers[0].moe.experts.gate.sharding.spec)
+    assert len(stacked.layers) == 1
     assert_same(eqx_moe.unstack(stacked), model)
     given = meshes.batch(rows=8)
     optimizer = optax.sgd(0.1, momentum=0.9)
@@ -167,6 +235,6 @@ def test_stacked_on_a_mesh():
     gone = {path for path, leaf in leaf_paths(model).items() if leaf.is_deleted()}
     assert gone == {"embed.weight", "norm.weight", "head.weight"}
     assert {path for path, leaf in leaf_paths(alone).items() if leaf.is_deleted()} == {"norm.weight"}
-    assert ours.layers[0].block.moe.experts.gate.sharding == gate.sharding
+    assert ours.layers[0].blocks[0].moe.experts.gate.sharding == gate.sharding
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
     assert_close(jax.device_get(ours), jax.device_get(theirs))

@@ -16,6 +16,8 @@ import eqx_moe
 from eqx_moe import sharding, train
 from eqx_moe.checkpoint import leaf_paths, reader
 
+REPO = "org/sharded"
+
 
 def main(folder: pathlib.Path, port: str, process: int, axes: tuple[str, ...], shape: tuple[int, ...]) -> None:
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, process, initialization_timeout=60)
@@ -59,6 +61,9 @@ def main(folder: pathlib.Path, port: str, process: int, axes: tuple[str, ...], s
     eqx_moe.save_pretrained(model, folder / "again", max_shard_size=30_000)
     # When the call returns, the folder is whole for every process.
     check(leaf_paths(eqx_moe.from_pretrained(folder / "again", mesh=mesh)), expected, "weight ", 0)
+
+    address = eqx_moe.push_to_hub(model, REPO, max_shard_size=30_000)
+    assert bool(address) == (process == 0), address
     jax.distributed.shutdown()
     print("all equal")
 

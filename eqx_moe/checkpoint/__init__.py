@@ -5,6 +5,7 @@ tables.
 """
 
 from eqx_moe.checkpoint.names import Name as Name
+from eqx_moe.checkpoint.names import Skipped as Skipped
 from eqx_moe.checkpoint.names import leaf_paths as leaf_paths
 from eqx_moe.checkpoint.names import plan as plan
 from eqx_moe.checkpoint.names import replace_leaves as replace_leaves

@@ -9,8 +9,10 @@ from eqx_moe.errors import CheckpointError, quote
 
 
 def plain_name(name: str) -> bool:
-    """Whether `name` is the name of a file in the folder itself, on every system: no path, drive, home, URL or NUL."""
-    return bool(name) and not name.startswith(("~", ".")) and not any(mark in name for mark in "/\\:\0")
+    """Whether `name` is the name of a file in the folder itself, on every system: no path, drive, home, URL or NUL, and
+    text that can be encoded."""
+    marks = any(mark in name for mark in "/\\:\0") or any("\ud800" <= letter <= "\udfff" for letter in name)
+    return bool(name) and not name.startswith(("~", ".")) and not marks
 
 
 def exists(path: pathlib.Path) -> bool:

@@ -1,6 +1,7 @@
 """Strict JSON: what Python's parser lets through or dies of is refused, with the file named."""
 
 import codecs
+import functools
 import json
 import math
 import os
@@ -23,18 +24,22 @@ _KINDS = {
 _MAX_DEPTH = 64
 _MAX_DIGITS = 20  # 2**64 - 1 has twenty.
 _LONG = re.compile(rb"[0-9]{21}")
+# transformers writes int(1e30), its "no limit", into tokenizer_config.json; a float64 has at most 309.
+_MAX_DIGITS_OF_TOKENIZERS = 309
 # What Python makes of a text is up to fifty times as large. These keep it below 100 MB, and leave 100,000 tensors.
 _MAX_KEYS, _MAX_VALUES = 400_000, 1_000_000
-_MAX_WIDE = 4_000_000  # bytes of a text that is not all ASCII: one wide character makes all of them four times as wide
+_MAX_WIDE = (
+    4_000_000  # bytes of a text that is not all ASCII, or has escapes: one wide character makes all four times as wide
+)
 
 
 class JSONProblem(ValueError):
     """Text is not one strict JSON object; the message says why. `parse_object`'s callers add the file."""
 
 
-def parse_object(raw: bytes, *, large: bool = False) -> dict[str, Any]:
-    """One JSON object in UTF-8: no key twice, no NaN or Infinity, no number past float64, no integer past 20 digits, at
-    most 64 levels deep, at most 400,000 keys and 1,000,000 values unless it is `large`.
+def parse_object(raw: bytes, *, large: bool = False, digits: int = _MAX_DIGITS) -> dict[str, Any]:
+    """One JSON object in UTF-8: no key twice, no NaN or Infinity, no number past float64, no integer of more
+    than `digits` digits, at most 64 levels deep, at most 400,000 keys and 1,000,000 values unless it is `large`.
 
     Raises:
         JSONProblem: it is anything else.
@@ -43,15 +48,15 @@ def parse_object(raw: bytes, *, large: bool = False) -> dict[str, Any]:
     marks = {mark: raw.count(mark) for mark in (b":", b",", b"{", b"[")}
     if not large and (marks.pop(b":") > _MAX_KEYS or sum(marks.values()) > _MAX_VALUES):
         raise JSONProblem(f"more than {_MAX_KEYS} keys or {_MAX_VALUES} values")
-    if not large and len(raw) > _MAX_WIDE and not raw.isascii():
-        raise JSONProblem(f"{len(raw)} bytes that are not all ASCII")
+    if not large and len(raw) > _MAX_WIDE and (not raw.isascii() or b"\\u" in raw):
+        raise JSONProblem(f"{len(raw)} bytes that are not all ASCII, or have escapes")
     try:
         value = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=_object,
             parse_constant=_constant,
             # A function call for each integer is what a large header's time would go to.
-            parse_int=_integer if _LONG.search(raw) else None,
+            parse_int=functools.partial(_integer, most=digits) if _LONG.search(raw) else None,
             parse_float=_float,
         )
     except UnicodeDecodeError as error:
@@ -93,7 +98,11 @@ def read_json(path: str | os.PathLike, what: str = "config", *, doing: str = "lo
             size = os.fstat(file.fileno()).st_size
             if size > limit:
                 raise JSONProblem(f"{size} bytes; a {what} has at most {limit}")
-            return parse_object(file.readall().removeprefix(codecs.BOM_UTF8), large=what == "tokenizer")
+            return parse_object(
+                file.readall().removeprefix(codecs.BOM_UTF8),
+                large=what == "tokenizer",
+                digits=_MAX_DIGITS_OF_TOKENIZERS if prefix == "TOK" else _MAX_DIGITS,
+            )
     except JSONProblem as error:
         raise CheckpointError(
             code=f"{prefix}-JSON",
@@ -118,8 +127,8 @@ def _constant(name: str):
     raise JSONProblem(f"the constant {name}, which is no JSON")
 
 
-def _integer(digits: str) -> int:
-    if len(digits.lstrip("-")) > _MAX_DIGITS:
+def _integer(digits: str, most: int) -> int:
+    if len(digits.lstrip("-")) > most:
         raise JSONProblem(f"the integer {quote(digits)} of {len(digits)} digits")
     return int(digits)
 

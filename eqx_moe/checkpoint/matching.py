@@ -4,13 +4,13 @@ import difflib
 import itertools
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from eqx_moe.checkpoint.dtypes import WEIGHT_DTYPES
-from eqx_moe.checkpoint.names import Name, Tensor, matcher, plan
-from eqx_moe.checkpoint.shards import Stored, weights_file
+from eqx_moe.checkpoint.names import Name, Skipped, Tensor, matcher, plan
+from eqx_moe.checkpoint.shards import MOST_PROBLEMS, Stored, weights_file
 from eqx_moe.errors import CheckpointError, quote
 
 _ORDER = ("ST-MISSING", "ST-EXTRA", "ST-SHAPE", "ST-DTYPE")
@@ -32,34 +32,36 @@ def match(
     layouts: Mapping[str, tuple[Name, ...]],
     stored: Mapping[str, Stored],
     *,
-    skipped: Mapping[str, str],
+    skipped: Iterable[Skipped],
     tied: tuple[tuple[str, str], ...],
     one_dtype: bool,
 ) -> dict[str, Tensor]:
     """The tensors of the layout that the files are in: all present, in the right shapes and in float dtypes, and with
-    nothing besides but what `skipped` (templates) and `tied` (second names) allow.
+    nothing besides but what `skipped` and `tied` (second names) allow.
 
     Args:
         one_dtype: whether the tensors of one leaf must agree in their dtype.
 
     Raises:
-        CheckpointError: ST-MISSING, ST-EXTRA, ST-SHAPE or ST-DTYPE, the first that applies; `problems` has all.
+        CheckpointError: ST-MISSING, ST-EXTRA, ST-SHAPE or ST-DTYPE, the first that applies; `problems` has all, up to
+            5,000.
     """
     plans = [plan(names, leaves) for names in layouts.values()]
     tensors = min(plans, key=lambda tensors: len(tensors.keys() ^ stored.keys()))
-    passed = [matcher(template) for template in skipped]
+    passed = [matcher(each.theirs) for each in skipped if each.beside is None or each.beside in stored]
     aliases = dict(tied)
     extra = [
         name
         for name in stored
         if name not in tensors and name not in aliases and not any(pattern.fullmatch(name) for pattern in passed)
     ]
-    problems = [
-        *_unmatched(tensors, stored, extra),
-        *_misshapen(tensors, stored, aliases),
-        *_odd_dtypes(stored, tensors),
-    ]
-    problems += _unequal_dtypes(_twins(tensors, aliases, stored, one_dtype), stored)
+    found = (
+        _unmatched(tensors, stored, extra),
+        _misshapen(tensors, stored, aliases),
+        _odd_dtypes(stored, tensors),
+        _unequal_dtypes(_twins(tensors, aliases, stored, one_dtype), stored),
+    )
+    problems = [problem for each in found for problem in itertools.islice(each, MOST_PROBLEMS)]
     if problems:
         problems.sort(key=lambda problem: _ORDER.index(problem.code))
         first = problems[0]
@@ -71,7 +73,9 @@ def match(
             expected=first.expected,
             found=first.found,
             fix=first.fix,
-            problems=tuple(f"{quote(p.tensor)}: expected {p.expected}; found {p.found}" for p in problems),
+            problems=tuple(
+                f"{quote(p.tensor)}: expected {p.expected}; found {p.found}" for p in problems[:MOST_PROBLEMS]
+            ),
         )
     return tensors
 

@@ -41,6 +41,15 @@ class Name:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """A template of tensors that files may have and that are left out; `beside`: if the files have this tensor too."""
+
+    theirs: str
+    reason: str
+    beside: str | None = None
+
+
+@dataclass(frozen=True)
 class Part:
     """What one leaf has in one tensor: the entry `index` of its stack, or with `()` the whole leaf."""
 

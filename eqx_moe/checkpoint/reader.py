@@ -8,7 +8,7 @@ import math
 import mmap
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from eqx_moe.checkpoint.dtypes import WEIGHT_DTYPES, cast, target_dtype, weight_
 from eqx_moe.checkpoint.header import ALIGNMENT
 from eqx_moe.checkpoint.mapping import may_be_mapped
 from eqx_moe.checkpoint.matching import match
-from eqx_moe.checkpoint.names import Name, Tensor, matcher
+from eqx_moe.checkpoint.names import Name, Skipped, Tensor, matcher
 from eqx_moe.checkpoint.progress import progress
 from eqx_moe.checkpoint.quantised import decoded
 from eqx_moe.checkpoint.shards import Stored, open_weights, threads
@@ -37,7 +37,7 @@ def load_leaves(
     leaves: Mapping[str, jax.ShapeDtypeStruct],
     layouts: Mapping[str, tuple[Name, ...]],
     *,
-    skipped: Mapping[str, str],
+    skipped: Iterable[Skipped],
     tied: tuple[tuple[str, str], ...] = (),
     dtype: str = "auto",
     keep_fp32: tuple[str, ...] = (),
@@ -56,7 +56,7 @@ def load_leaves(
     Args:
         leaves: their dtypes are not looked at.
         layouts: name tables, of which the one that fits the files best is held against them.
-        skipped: templates of tensors that may be there and are left out -> the reason.
+        skipped: tensors that may be there and are left out.
         tied: (second name, name) of tensors that may be stored twice, and then must be equal bit for bit.
         dtype: "auto" keeps every tensor as it is stored; else the name of the dtype to which all are cast.
         keep_fp32: templates of leaf paths that become float32 whatever other dtype is named.

@@ -97,7 +97,22 @@ class Replacing:
         return sha256.hexdigest()
 
     def commit(self, stale: Iterable[str]) -> None:
-        """Puts all that was written in place, and removes the files of weights `stale`."""
+        """Puts all that was written in place, and removes the files of weights `stale`.
+
+        Raises:
+            CheckpointError: ST-SAVE if a folder has the name of one of the files; nothing is changed then.
+        """
+        for name in self._names:
+            if (self._folder / name).is_dir() and not (self._folder / name).is_symlink():
+                raise CheckpointError(
+                    code="ST-SAVE",
+                    doing="saving a model",
+                    file=str(self._folder),
+                    item=name,
+                    expected="a file, or a name that is free",
+                    found="a folder of that name",
+                    fix="remove it, or save somewhere else",
+                )
         journal = {"token": self._token, "files": list(self._names), "stale": list(stale)}
         self.write(JOURNAL, (json.dumps(journal).encode(),))
         for synced in self._synced:

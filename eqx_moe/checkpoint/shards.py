@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import pathlib
 import re
@@ -21,8 +22,10 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 #: Says that the files of a save are being moved into place, see `eqx_moe.checkpoint.replacing`.
 JOURNAL = ".eqx_moe.journal"
-#: The files of weights that `save_leaves` writes.
-WEIGHTS = re.compile(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|" + re.escape(INDEX))
+#: The files of weights that `save_leaves` writes, and others have written in their place (DeepSeek: `of-000163`).
+WEIGHTS = re.compile(r"model(-[0-9]{5,6}-of-[0-9]{5,6})?\.safetensors|" + re.escape(INDEX))
+#: An error lists no more than these: 100,000 sentences would take more memory than a small model.
+MOST_PROBLEMS = 5_000
 _DOING = "finding the weights"
 _MAX_THREADS = 8
 _TRIES, _PAUSE = 20, 0.1  # seconds
@@ -210,17 +213,19 @@ def _no_weights(folder: pathlib.Path) -> NoReturn:
 def _check_index(
     weight_map: Mapping[str, str], entries: Mapping[str, Mapping[str, Entry]], index: pathlib.Path
 ) -> None:
-    problems: list[tuple[str, str]] = []
-    for tensor, shard in weight_map.items():
-        if tensor not in entries[shard]:
-            places = [quote(other) for other, tensors in entries.items() if tensor in tensors]
-            problems.append((tensor, f"listed in {quote(shard)}, is in {' and '.join(places) or 'no shard'}"))
-    for shard, tensors in entries.items():
-        for tensor in tensors:
-            if tensor not in weight_map:
-                problems.append((tensor, f"in {quote(shard)}, not listed"))
-            elif weight_map[tensor] != shard and tensor in entries[weight_map[tensor]]:
-                problems.append((tensor, f"in {quote(shard)} and in {quote(weight_map[tensor])}"))
+    def differences() -> Iterator[tuple[str, str]]:
+        for tensor, shard in weight_map.items():
+            if tensor not in entries[shard]:
+                places = [quote(other) for other, tensors in entries.items() if tensor in tensors]
+                yield tensor, f"listed in {quote(shard)}, is in {' and '.join(places) or 'no shard'}"
+        for shard, tensors in entries.items():
+            for tensor in tensors:
+                if tensor not in weight_map:
+                    yield tensor, f"in {quote(shard)}, not listed"
+                elif weight_map[tensor] != shard and tensor in entries[weight_map[tensor]]:
+                    yield tensor, f"in {quote(shard)} and in {quote(weight_map[tensor])}"
+
+    problems = list(itertools.islice(differences(), MOST_PROBLEMS))
     if problems:
         tensor, found = problems[0]
         raise CheckpointError(

@@ -8,7 +8,7 @@ import contextlib
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from eqx_moe.checkpoint.dtypes import WEIGHT_DTYPES, target_dtype, weight_dtype
 from eqx_moe.checkpoint.matching import match
-from eqx_moe.checkpoint.names import Name, Tensor
+from eqx_moe.checkpoint.names import Name, Skipped, Tensor
 from eqx_moe.checkpoint.quantised import decoded
 from eqx_moe.checkpoint.reader import check_equal, read_entry, read_values
 from eqx_moe.checkpoint.shards import Stored, open_weights
@@ -37,7 +37,7 @@ def open_leaves(
     leaves: Mapping[str, Any],
     layouts: Mapping[str, tuple[Name, ...]],
     *,
-    skipped: Mapping[str, str],
+    skipped: Iterable[Skipped],
     tied: tuple[tuple[str, str], ...] = (),
     dtype: str = "auto",
     keep_fp32: tuple[str, ...] = (),

@@ -57,7 +57,7 @@ def save_leaves(
         CheckpointError: CFG-FOLDER if the folder cannot be one; ST-RANGE if a value does not fit in `dtype`.
         OSError: the disk is full, or the like; the folder then holds the earlier model or the new one.
     """
-    contents = weight_files(
+    contents, size = weight_files(
         leaves, names, max_shard_size=max_shard_size, dtype=dtype, keep_fp32=keep_fp32, place=str(folder)
     )
     folder = pathlib.Path(folder)
@@ -75,12 +75,12 @@ def save_leaves(
 
     alone = is_of_one_process(leaves)
     if alone or jax.process_index() == 0:
-        with Replacing(folder) as new, progress("saving", _size(leaves, dtype, keep_fp32)) as bar:
+        with Replacing(folder) as new, progress("saving", size) as bar:
             sums = {name: new.write(name, _counted(content(), bar)) for name, content in contents.items()}
             for name, content in (other_files or {}).items():
                 new.write(name, (content,))
             new.write(CHECKSUMS, (checksums_json(sums),))
-            there = [entry.name for entry in folder.iterdir()]
+            there = [entry.name for entry in folder.iterdir() if not entry.is_dir()]
             new.commit([name for name in there if WEIGHTS.fullmatch(name) and name not in sums])
     else:
         # The same gathering in the same order; what it brings is for the first process to write.
@@ -98,8 +98,9 @@ def weight_files(
     dtype: str | None,
     keep_fp32: tuple[str, ...],
     place: str,
-) -> dict[str, Callable[[], Iterable[bytes | memoryview]]]:
-    """The files of weights of a model by name, shards and then the index, each as a function that gives its bytes.
+) -> tuple[dict[str, Callable[[], Iterable[bytes | memoryview]]], int]:
+    """The files of weights of a model by name, shards and then the index, each as a function that gives its bytes; and
+    the bytes of all weights.
 
     `place` stands for where they go, in errors; the other arguments and the errors are those of `save_leaves`.
     """
@@ -116,19 +117,11 @@ def weight_files(
     contents: dict[str, Callable[[], Iterable[bytes | memoryview]]] = {
         shard: functools.partial(_shard, group, leaves, dtypes, f"{place}/{shard}") for shard, group in shards.items()
     }
+    size = sum(_bytes_of(tensor, dtypes) for tensor in tensors.values())
     if SINGLE not in shards:
-        index = _index(shards, dtypes)
+        index = _index(shards, size)
         contents[INDEX] = lambda: (index,)
-    return contents
-
-
-def _size(leaves: Mapping[str, Any], dtype: str | None, keep_fp32: tuple[str, ...]) -> int:
-    """Bytes of all weights as they will be written."""
-    named = None if dtype is None else weight_dtype(dtype)
-    return sum(
-        math.prod(leaf.shape) * target_dtype(path, leaf.dtype, named, keep_fp32).itemsize
-        for path, leaf in leaves.items()
-    )
+    return contents, size
 
 
 def is_of_one_process(leaves: Mapping[str, Any]) -> bool:
@@ -183,13 +176,10 @@ def _dtype(tensor: Tensor, dtypes: Mapping[str, np.dtype]) -> np.dtype:
     return first
 
 
-def _index(shards: Mapping[str, Mapping[str, Tensor]], dtypes: Mapping[str, np.dtype]) -> bytes:
+def _index(shards: Mapping[str, Mapping[str, Tensor]], size: int) -> bytes:
     tensors = [tensor for shard in shards.values() for tensor in shard.values()]
     index = {
-        "metadata": {
-            "total_parameters": sum(math.prod(tensor.shape) for tensor in tensors),
-            "total_size": sum(_bytes_of(tensor, dtypes) for tensor in tensors),
-        },
+        "metadata": {"total_parameters": sum(math.prod(tensor.shape) for tensor in tensors), "total_size": size},
         "weight_map": {name: shard for shard, tensors in shards.items() for name in tensors},
     }
     return json.dumps(index, indent=2).encode() + b"\n"

@@ -8,7 +8,7 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from eqx_moe.checkpoint.names import Name
+from eqx_moe.checkpoint.names import Name, Skipped
 from eqx_moe.errors import CheckpointError
 from eqx_moe.family.config import (
     ConfigError,
@@ -55,8 +55,12 @@ class Family:
     also: tuple[str, ...] = ()
     #: Other spellings of config keys.
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    #: For a config, templates of tensors that are known and left out, each with its reason.
-    skipped: Callable[[Any], Mapping[str, str]] = lambda config: {}
+    #: Keys that configs of the family may have besides its fields, with the one value that is implemented.
+    only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    #: Keys that are always written so, whatever was read.
+    written: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    #: For a config, tensors that are known and left out.
+    skipped: Callable[[Any], tuple[Skipped, ...]] = lambda config: ()
     #: Quantised containers that its checkpoints come in, by their `quant_method`; they are decoded as they are read.
     containers: tuple[str, ...] = ("fp8",)
     #: Leaves that stay float32 whatever dtype is asked for.
@@ -66,7 +70,7 @@ class Family:
         """The config dataclass from a config.json object; `CheckpointError` with code CFG-VALUE."""
         try:
             check_container(data.get("quantization_config"), self.containers)
-            return self.config(**fields_from_json(data, self.config, self.aliases, self.default_rope))
+            return self.config(**fields_from_json(data, self.config, self.aliases, self.default_rope, self.only))
         except ConfigError as error:
             raise config_problem(error, file, f"reading the config of a {self.model_type!r} model") from error
         except TypeError as error:  # a field without a default is missing
@@ -89,7 +93,7 @@ class Family:
 
     def to_json(self, config: Any, dtype: str) -> dict[str, Any]:
         """The config.json object of a model saved in `dtype`."""
-        return to_json(config, self.model_type, self.architecture, dtype)
+        return to_json(config, self.model_type, self.architecture, dtype) | dict(self.written)
 
 
 def decoder(
@@ -203,6 +207,20 @@ def gqa_names(
     return tuple(rows)
 
 
+def mla_names(*, q_latent: bool, bias: bool) -> tuple[Name, ...]:
+    """The rows of multi-head latent attention; `bias` is that of the maps to latents and of the output."""
+    ours, theirs = LAYER + "attention.", THEIRS + "self_attn."
+    rows = linear_names(ours + "kv_a", theirs + "kv_a_proj_with_mqa", bias=bias)
+    rows += linear_names(ours + "kv_b", theirs + "kv_b_proj", bias=False)
+    rows += linear_names(ours + "o", theirs + "o_proj", bias=bias)
+    rows.append(Name(ours + "kv_a_norm.weight", theirs + "kv_a_layernorm.weight"))
+    if not q_latent:
+        return (*rows, *linear_names(ours + "q", theirs + "q_proj", bias=False))
+    rows += linear_names(ours + "q_a", theirs + "q_a_proj", bias=bias)
+    rows += linear_names(ours + "q", theirs + "q_b_proj", bias=False)
+    return (*rows, Name(ours + "q_a_norm.weight", theirs + "q_a_layernorm.weight"))
+
+
 def mlp_names(ours: str = "mlp", theirs: str = "mlp", *, bias: bool = False) -> tuple[Name, ...]:
     """The rows of a dense feed-forward part."""
     rows: list[Name] = []
@@ -228,6 +246,6 @@ def linear_names(ours: str, theirs: str, *, bias: bool) -> list[Name]:
     return [Name(f"{ours}.{leaf}", f"{theirs}.{leaf}") for leaf in (("weight", "bias") if bias else ("weight",))]
 
 
-def rotary_buffers(config: Any) -> Mapping[str, str]:
+def rotary_buffers(config: Any) -> tuple[Skipped, ...]:
     """Older Llama checkpoints carry the rotary frequencies, which follow from the config."""
-    return {"model.layers.{l}.self_attn.rotary_emb.inv_freq": "follows from config.json"}
+    return (Skipped("model.layers.{l}.self_attn.rotary_emb.inv_freq", "follows from config.json"),)

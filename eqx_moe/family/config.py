@@ -38,12 +38,13 @@ IGNORED = {
     "transformers_version": "who wrote the file",
     "transformers.js_config": "for another runtime",
     "trust_remote_code": "code from a checkpoint is never run",
+    "unsloth_fixed": "who wrote the file",
     "unsloth_version": "who wrote the file",
     "use_cache": "whether to cache is said by each call",
 }
 
-# Keys that are written from the fields, under every name that readers know.
-_REWRITTEN = {"architectures", "model_type", "torch_dtype", "rope_scaling", "rope_theta"}
+# Keys that are written from the fields, under every name that readers know; and what names code that is not written.
+_REWRITTEN = {"architectures", "model_type", "torch_dtype", "rope_scaling", "rope_theta", "auto_map"}
 
 #: Under which name a config has its number of experts.
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -55,8 +56,10 @@ _SIZES = (
     "n_shared_experts n_group topk_group kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim"
 ).split()
 
-# Above these a number is a mistake, and building names or shapes from it would only take long.
-_LIMITS = {"num_hidden_layers": 10_000} | dict.fromkeys(EXPERT_COUNTS, 100_000)
+# Above these a number is a mistake, and building names or shapes from it would only take long. The largest releases of
+# 2026 have 126 layers, 512 experts in a layer, and 23,424 in all.
+_LIMITS = {"num_hidden_layers": 512} | dict.fromkeys(EXPERT_COUNTS, 8192)
+_MOST_EXPERTS = 2**16  # in all layers
 _LARGEST = 2**31 - 1
 
 # quant_method -> what its `quantization_config` must say.
@@ -193,9 +196,13 @@ def check_common(config: Any) -> None:
 
 
 def check_experts(config: Any) -> None:
-    """A token visits no more experts than there are; router losses and noise are in range."""
+    """A token visits no more experts than there are, of which there are not too many; router losses and noise are in
+    range."""
     for key in EXPERT_COUNTS:
         experts = getattr(config, key, None)
+        if experts is not None and experts * config.num_hidden_layers > _MOST_EXPERTS:
+            most = _MOST_EXPERTS // config.num_hidden_layers
+            raise ConfigError(key, f"at most {most} with {config.num_hidden_layers} layers", experts)
         if experts is not None and config.num_experts_per_tok > experts:
             raise ConfigError("num_experts_per_tok", f"at most {key} ({experts})", config.num_experts_per_tok)
     if getattr(config, "router_aux_loss_coef", 0.0) < 0:
@@ -248,10 +255,14 @@ def window_of(config: Any, layer: int) -> int | None:
 
 
 def fields_from_json(
-    data: Mapping[str, Any], config: type, aliases: Mapping[str, str], default_rope: RopeParameters
+    data: Mapping[str, Any],
+    config: type,
+    aliases: Mapping[str, str],
+    default_rope: RopeParameters,
+    only: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The constructor's arguments from a config.json object, either dialect (v4: rope_theta and rope_scaling; v5:
-    rope_parameters).
+    rope_parameters). Keys of `only` may be there, with that value.
 
     Warns once about keys that nobody knows. Contradictions between two spellings of one thing are `ConfigError`s.
     """
@@ -276,7 +287,10 @@ def fields_from_json(
     values: dict[str, Any] = {key: typed(key, data[key], hints[key]) for key in sorted(known) if key in data}
     _check_layer_types(data, values, config)
     rest = {k: v for k, v in data.items() if k not in known and k not in ("rope_parameters", "dtype")}
-    unknown = sorted(key for key in rest if key not in IGNORED and key not in _REWRITTEN)
+    for key, value in only.items():
+        if key in rest and (rest[key] != value or type(rest[key]) is not type(value)):
+            raise ConfigError(key, f"{value!r}, the one that is implemented", rest[key])
+    unknown = sorted(key for key in rest if key not in IGNORED and key not in _REWRITTEN and key not in only)
     if unknown:
         warnings.warn(
             f"config.json has keys that nothing here reads: {[key[:80] for key in unknown[:20]]}. They are kept.",

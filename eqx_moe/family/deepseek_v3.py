@@ -7,14 +7,12 @@ experts; a shared expert. Released in FP8.
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from eqx_moe.checkpoint.names import Name
+from eqx_moe.checkpoint.names import Name, Skipped
 from eqx_moe.execution import AbstractExecution
 from eqx_moe.family.base import (
     LAYER,
@@ -23,7 +21,7 @@ from eqx_moe.family.base import (
     Layouts,
     decoder,
     decoder_names,
-    linear_names,
+    mla_names,
     mlp_names,
     moe_names,
     rotary_buffers,
@@ -99,9 +97,9 @@ class DeepseekV3Config:
         }.items():
             if getattr(self, key) != only:
                 raise ConfigError(key, f"{only!r}, the one that is implemented", getattr(self, key))
-        for key in ("first_k_dense_replace", "num_nextn_predict_layers"):
-            if not 0 <= getattr(self, key) <= 10_000:
-                raise ConfigError(key, "in [0, 10000]", getattr(self, key))
+        for key, most in (("first_k_dense_replace", 10_000), ("num_nextn_predict_layers", 8)):
+            if not 0 <= getattr(self, key) <= most:
+                raise ConfigError(key, f"in [0, {most}]", getattr(self, key))
         each, odd = divmod(self.n_routed_experts, self.n_group)
         if odd or (each < 2 and self.n_group > 1):
             expected = f"a divisor of n_routed_experts ({self.n_routed_experts}), with 2 and more in a group"
@@ -179,7 +177,7 @@ def build(config: DeepseekV3Config, *, key: PRNGKeyArray, dtype: DTypeLike, exec
 
 def names(config: DeepseekV3Config) -> Layouts:
     """As released (an own tensor per expert), and as transformers 5 packs it."""
-    rows = decoder_names(config, _mla_names(config))
+    rows = decoder_names(config, mla_names(q_latent=config.q_lora_rank is not None, bias=config.attention_bias))
     sparse = [config.is_sparse(layer) for layer in range(config.num_hidden_layers)]
     rows += () if all(sparse) else mlp_names()
     if not any(sparse):
@@ -191,29 +189,19 @@ def names(config: DeepseekV3Config) -> Layouts:
     return {layout: rows + moe for layout, moe in moe_names().items()}
 
 
-def _mla_names(config: DeepseekV3Config) -> tuple[Name, ...]:
-    ours, theirs, bias = LAYER + "attention.", THEIRS + "self_attn.", config.attention_bias
-    rows = linear_names(ours + "kv_a", theirs + "kv_a_proj_with_mqa", bias=bias)
-    rows += linear_names(ours + "kv_b", theirs + "kv_b_proj", bias=False)
-    rows += linear_names(ours + "o", theirs + "o_proj", bias=bias)
-    rows.append(Name(ours + "kv_a_norm.weight", theirs + "kv_a_layernorm.weight"))
-    if config.q_lora_rank is None:
-        return (*rows, *linear_names(ours + "q", theirs + "q_proj", bias=False))
-    rows += linear_names(ours + "q_a", theirs + "q_a_proj", bias=bias)
-    rows += linear_names(ours + "q", theirs + "q_b_proj", bias=False)
-    return (*rows, Name(ours + "q_a_norm.weight", theirs + "q_a_layernorm.weight"))
-
-
-def skipped(config: DeepseekV3Config) -> Mapping[str, str]:
+def skipped(config: DeepseekV3Config) -> tuple[Skipped, ...]:
     """The modules that predict tokens further ahead stand behind the last layer, each a sparse layer and its ends."""
     reason = "predicts a token further ahead, which nothing here does"
     ends = ("embed_tokens.weight", "enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
     templates = [THEIRS + end for end in (*ends, "shared_head.head.weight")]
     whole = dataclasses.replace(config, first_k_dense_replace=0)
     templates += [row.theirs for table in names(whole).values() for row in table if row.theirs.startswith(THEIRS)]
-    layers = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
-    ahead: dict[str, Any] = {t.replace("{l}", str(layer)): reason for layer in layers for t in templates}
-    return {**rotary_buffers(config), **ahead}
+    ahead: list[Skipped] = []
+    for layer in range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers):
+        # Without it the layer is one like the others, and config.json has the wrong number of them.
+        marker = f"{THEIRS.replace('{l}', str(layer))}eh_proj.weight"
+        ahead += [Skipped(each.replace("{l}", str(layer)), reason, beside=marker) for each in templates]
+    return (*rotary_buffers(config), *ahead)
 
 
 FAMILY = Family(
@@ -225,6 +213,8 @@ FAMILY = Family(
     covers=("DeepSeek-V3", "DeepSeek-R1", "Kimi-K2", "Moonlight"),
     also=("kimi_k2",),
     aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+    # The modules that predict further ahead are not written.
+    written={"num_nextn_predict_layers": 0},
     skipped=skipped,
     keep_fp32=("layers.{l}.moe.router.selection_bias",),
 )

@@ -117,5 +117,6 @@ FAMILY = Family(
     names=names,
     covers=("Qwen3-30B-A3B", "Qwen3-235B-A22B", "Qwen3-Coder"),
     aliases={"num_local_experts": "num_experts"},
+    only={"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0},
     skipped=rotary_buffers,
 )

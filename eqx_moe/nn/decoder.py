@@ -13,14 +13,13 @@ from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from eqx_moe.kernels.linear import linear
 from eqx_moe.nn.attention import Rows, segment_layout
-from eqx_moe.nn.block import Block
 from eqx_moe.nn.cache import AnyCache, Cache
 from eqx_moe.nn.embedding import Embedding
 from eqx_moe.nn.linear import Linear
 from eqx_moe.nn.moe import LayerRouting, RouterStats
 from eqx_moe.nn.norm import RMSNorm
 from eqx_moe.nn.rope import AbstractRope
-from eqx_moe.nn.stack import Stack, block_of
+from eqx_moe.nn.stack import Stack, blocks_of
 from eqx_moe.sharding import check_surroundings, gather_weights, split_rows
 
 
@@ -112,16 +111,20 @@ class Decoder(eqx.Module):
         routings: list[LayerRouting] = []
         first = 0
         for i, layer in enumerate(self.layers):
-            at = _block_path(i, layer)
-            prepare = functools.partial(gather_weights, mesh=self.mesh, at=at, head_sizes=self.head_sizes)
-            table = tables[block_of(layer).attention.rope]
+            blocks = blocks_of(layer)
+            prepare = [
+                functools.partial(gather_weights, mesh=self.mesh, at=f"layers.{i}{path}", head_sizes=self.head_sizes)
+                for path in blocks
+            ]
+            table = [tables[block.attention.rope] for block in blocks.values()]
             if isinstance(layer, Stack):
                 own = None if keys is None else keys[first : first + layer.count]
                 x, some = layer(x, rows, table, own, prepare, functools.partial(split_rows, mesh=self.mesh))
                 routings += some
                 first += layer.count
                 continue
-            x, caches[i], routing = prepare(layer)(x, rows, table, caches[i], None if keys is None else keys[first])
+            key = None if keys is None else keys[first]
+            x, caches[i], routing = prepare[0](layer)(x, rows, table[0], caches[i], key)
             x = split_rows(x, self.mesh)
             routings += [] if routing is None else [routing]
             first += 1
@@ -160,9 +163,10 @@ class Decoder(eqx.Module):
     def head_sizes(self) -> dict[str, int]:
         """The path of each linear map that is made of heads -> the size of these, for `eqx_moe.sharding`."""
         return {
-            f"{_block_path(i, layer)}.attention.{name}": size
+            f"layers.{i}{path}.attention.{name}": size
             for i, layer in enumerate(self.layers)
-            for name, size in block_of(layer).attention.head_sizes.items()
+            for path, block in blocks_of(layer).items()
+            for name, size in block.attention.head_sizes.items()
         }
 
     @property
@@ -182,7 +186,7 @@ class Decoder(eqx.Module):
         return Cache(layers, batch, length, self.mesh)
 
     def _ropes(self) -> set[AbstractRope]:
-        return {block_of(layer).attention.rope for layer in self.layers}
+        return {block.attention.rope for layer in self.layers for block in blocks_of(layer).values()}
 
     def _refuse_stacks(self, doing: str) -> None:
         stacks = sum(isinstance(layer, Stack) for layer in self.layers)
@@ -191,10 +195,6 @@ class Decoder(eqx.Module):
                 f"To {doing}, a model must have each layer on its own; got {stacks} stacks for {self.depth} layers. "
                 "Take `eqx_moe.unstack(model)`."
             )
-
-
-def _block_path(i: int, layer: Block | Stack) -> str:
-    return f"layers.{i}.block" if isinstance(layer, Stack) else f"layers.{i}"
 
 
 def _rows(tokens, segment_ids, cache: Cache | None):

@@ -11,10 +11,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from eqx_moe.kernels.attention import attention
 from eqx_moe.nn.attention import Rows
-from eqx_moe.nn.cache import AnyCache, LatentCache, empty
+from eqx_moe.nn.cache import AnyCache, LatentCache
 from eqx_moe.nn.linear import Linear
 from eqx_moe.nn.norm import RMSNorm
 from eqx_moe.nn.rope import AbstractRope, rotate
+from eqx_moe.sharding import rows_sharding
 
 
 class MLA(eqx.Module):
@@ -91,8 +92,8 @@ class MLA(eqx.Module):
         return {"q": self.q.weight.shape[-2] // self.heads, "kv_b": self.nope + self.value, "o": self.value}
 
     def init_cache(self, batch: int, length: int, dtype: DTypeLike, mesh: Mesh | None) -> LatentCache:
-        # The latents are those of one head that all share.
-        return LatentCache(empty((batch, 1, length, self.kv_a.weight.shape[-2]), dtype, mesh)[:, 0])
+        place = None if mesh is None else rows_sharding(mesh, batch)
+        return LatentCache(jnp.zeros((batch, length, self.kv_a.weight.shape[-2]), dtype, device=place))
 
     def __call__(
         self,

@@ -22,7 +22,18 @@ _TRANSIENT = (408, 429, 500, 502, 503, 504)
 # A user or organisation, and a name: what the Hub allows.
 _REPO = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?/[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{8,}")
-_SIGNED = re.compile(r"(https?://[^\s?'\"<>]*)\?[^\s'\"<>]*(?:signature|token|credential)[^\s'\"<>]*", re.IGNORECASE)
+_SIGNED = re.compile(
+    r"\?[^\s?'\"<>]*(?:signature|token|credential|x-amz-|x-goog-|key-pair-id)[^\s'\"<>]*", re.IGNORECASE
+)
+_TAIL = re.compile(r"\(…\)[^\s'\"<>)]*")  # the last 40 characters of a URL, as the client shows it
+# What does not pass by itself.
+_GONE = "look whether the repo and its files are still there, and whether HF_ENDPOINT is a Hub"
+_REFUSED = "see what the Hub says of the request; if that is nothing, update huggingface_hub"
+_FIXES = {
+    **{400: _REFUSED, 422: _REFUSED, 404: _GONE, 410: _GONE},
+    413: "send smaller files: the Hub or a proxy before it takes none of this size; see `max_shard_size`",
+    507: "make room in the account's storage: the Hub has none left for this",
+}
 _CREDENTIALS = re.compile(r"(https?://)[^\s/@'\"<>]+@")
 
 
@@ -37,10 +48,30 @@ def is_repo(name: object) -> bool:
     )
 
 
+def is_revision(name: str) -> bool:
+    """Whether git takes `name` for a branch or a tag (`git check-ref-format`), or it may be a commit."""
+    parts = name.split("/")
+    return (
+        name.isprintable()
+        and not re.search(r"[ ~^:?*\[\\]|\.\.|@\{|^-|\.$|^@$", name)
+        and all(part and not part.startswith(".") and not part.endswith(".lock") for part in parts)
+    )
+
+
 def api(token: str | bool | None) -> Any:
-    """A `huggingface_hub.HfApi`, which sends `token`, or with None the one that the user is logged in with."""
+    """A `huggingface_hub.HfApi`, which sends `token`, or with None the one that the user is logged in with.
+
+    Raises:
+        ValueError: it is no text that can be sent.
+    """
     from huggingface_hub import HfApi
 
+    if isinstance(token, str):
+        token = token.strip()
+    sent = token if isinstance(token, str) else None if token is False else _login()
+    # What it is would be shown by the client as it fails, and must not be here.
+    if sent is not None and not re.fullmatch("[!-~]+", sent):
+        raise ValueError("`token` (or HF_TOKEN, or the login) must be printable ASCII and not empty; got another one.")
     return HfApi(token=token, library_name="eqx_moe", library_version=__version__)
 
 
@@ -75,6 +106,8 @@ def is_transient(error: BaseException) -> bool:
         # The second is what the client raises when it has itself tried enough.
         if isinstance(cause, OfflineModeIsEnabled | LocalEntryNotFoundError):
             return False
+        if isinstance(cause, httpx.LocalProtocolError | httpx.UnsupportedProtocol):
+            return False
         if isinstance(cause, httpx.TransportError | json.JSONDecodeError):
             return True
         if (status := _status(cause)) is not None:
@@ -88,7 +121,8 @@ def is_unreachable(error: BaseException) -> bool:
     from huggingface_hub.errors import OfflineModeIsEnabled
     from huggingface_hub.utils import httpx
 
-    return any(isinstance(cause, OfflineModeIsEnabled | httpx.TransportError) for cause in chain(error))
+    causes = [cause for cause in chain(error) if not isinstance(cause, httpx.LocalProtocolError)]
+    return any(isinstance(cause, OfflineModeIsEnabled | httpx.TransportError) for cause in causes)
 
 
 def is_conflict(error: BaseException) -> bool:
@@ -108,9 +142,23 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 def redact(text: str, *tokens: object) -> str:
     """The text without tokens, without credentials and without the queries of signed URLs."""
     for token in tokens:
-        if isinstance(token, str) and token:
-            text = text.replace(token, "hf_...")
-    return _CREDENTIALS.sub(r"\1...@", _SIGNED.sub(r"\1?...", _TOKEN.sub("hf_...", text)))
+        if isinstance(token, str) and token.strip():
+            for form in (token.strip(), repr(token.strip())[1:-1]):
+                text = text.replace(form, "hf_...")
+    text = _TAIL.sub("...", _SIGNED.sub("?...", _TOKEN.sub("hf_...", text)))
+    return _CREDENTIALS.sub(r"\1...@", text)
+
+
+def _shows_no_secret(error: BaseException, secrets: tuple[object, ...]) -> bool:
+    """Whether neither an error nor any behind it has something to redact in it."""
+    behind, seen = [error], set()
+    while behind:
+        each = behind.pop()
+        if any(redact(text, *secrets) != text for text in (str(each), repr(each))):
+            return False
+        seen.add(id(each))
+        behind += [other for other in (each.__cause__, each.__context__) if other is not None and id(other) not in seen]
+    return True
 
 
 def explain(error: Exception, doing: str, repo: str, *, revision: str | None = None, token: object = None) -> NoReturn:
@@ -125,13 +173,15 @@ def explain(error: Exception, doing: str, repo: str, *, revision: str | None = N
         raise error
     secrets = (token, _login())
     causes = list(chain(error))
-    shown = error if all(redact(str(cause), *secrets) == str(cause) for cause in causes) else None
+    shown = error if _shows_no_secret(error, secrets) else None
     status = _first_status(error)
 
     def say(code: str, expected: str, found: str, fix: str, item: str = "") -> NoReturn:
-        raise CheckpointError(
-            code=code, doing=doing, file=repo, item=item, expected=expected, found=found, fix=fix
-        ) from shown
+        refusal = CheckpointError(code=code, doing=doing, file=repo, item=item, expected=expected, found=found, fix=fix)
+        try:
+            raise refusal from shown
+        finally:
+            refusal.__context__ = shown  # Python has put `error` here.
 
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         fix = "ask for access on the repo's page, then log in with `hf auth login` or pass `token`"
@@ -145,7 +195,7 @@ def explain(error: Exception, doing: str, repo: str, *, revision: str | None = N
     if status in (401, 403):
         fix = "log in with `hf auth login`, or pass a `token` that may do this"
         say("HUB-ACCESS", "the right to do this", _title(status) + _said(causes, secrets), fix)
-    if status == 412:
+    if status == 412 or (status == 409 and any(_is_of_a_commit(cause) for cause in causes)):
         fix = "look at what was committed, and push again to put the model after it"
         say("HUB-CONFLICT", "a branch that stays as it is", "another commit to it meanwhile", fix)
     if status is None and is_unreachable(error):
@@ -154,11 +204,16 @@ def explain(error: Exception, doing: str, repo: str, *, revision: str | None = N
     found = type(error).__name__ if status is None else _title(status) + _said(causes, secrets)
     if status is None and str(error):
         found += f": {quote(redact(str(error).strip().splitlines()[0], *secrets))}"
-    say("HUB-FAILED", "an answer as the Hub gives it", found, "run it again later: nothing whole is sent twice")
+    fix = _FIXES.get(status or 0, "run it again later: nothing whole is sent twice")
+    say("HUB-FAILED", "an answer as the Hub gives it", found, fix)
 
 
 def _is_the_clients(error: Exception) -> bool:
     """Whether an error was raised in the client, and is not the system's about a file."""
+    from huggingface_hub.utils import httpx
+
+    if isinstance(error, httpx.HTTPError):
+        return True
     if isinstance(error, CheckpointError) or (isinstance(error, OSError) and error.errno is not None):
         return False
     modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
@@ -167,6 +222,10 @@ def _is_the_clients(error: Exception) -> bool:
 
 def _status(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _is_of_a_commit(error: BaseException) -> bool:
+    return "/commit/" in str(getattr(getattr(error, "response", None), "url", ""))
 
 
 def _first_status(error: BaseException) -> int | None:

@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import secrets
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,12 +23,12 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from eqx_moe.checkpoint.files import exists, plain_name
+from eqx_moe.checkpoint.files import plain_name
 from eqx_moe.checkpoint.header import Entry, read_header
 from eqx_moe.checkpoint.jsonfile import read_json
 from eqx_moe.checkpoint.shards import INDEX, SINGLE, Stored
 from eqx_moe.errors import CheckpointError, quote
-from eqx_moe.remote.client import TIMEOUT, WAITS, api, explain, is_transient, is_unreachable, retrying
+from eqx_moe.remote.client import TIMEOUT, WAITS, api, explain, is_revision, is_transient, is_unreachable, retrying
 from eqx_moe.remote.space import check_disk, free_disk, gigabytes
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -35,6 +36,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _THREADS = 4
 _TRIES = 3  # of a file that comes with wrong bytes
 _OURS = ".eqx_moe"
+# Of a file of weights: how many bytes are asked for first, which is all of most headers, and how many at most. A longer
+# header is refused for its length.
+_FIRST, _LONGEST = 100_000, 100_000_008
 
 _log = logging.getLogger("eqx_moe")
 
@@ -66,21 +70,26 @@ class Snapshot:
     doing: str
     client: Any = field(repr=False)
 
-    def fetch(self, *names: str) -> pathlib.Path:
+    def fetch(self, *names: str, optional: tuple[str, ...] = ()) -> pathlib.Path:
         """The folder, with those of the named files in it that the commit has, whole and checked.
+
+        Args:
+            optional: where nothing says which files the commit has, those of these that the cache lacks are taken for
+                none of it.
 
         Raises:
             CheckpointError: HUB-* codes.
         """
+        names += optional
         if self.files is not None:
             names = tuple(name for name in names if name in self.files)
             with contextlib.suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-        elif not self.folder.is_dir():
-            self._refuse_offline(list(names))
-        absent = [name for name in names if not exists(self.folder / name)]
-        if absent and self.files is not None:
-            if not self.online:
+        else:
+            names = tuple(name for name in names if name not in optional or (self.folder / name).exists())
+        absent = [name for name in names if not (self.folder / name).exists()]
+        if absent:
+            if self.files is None or not self.online:
                 self._refuse_offline(absent)
             size = sum(self.files[name].size for name in absent)
             fix = "free some, or name another disk's folder as `cache_dir`"
@@ -98,9 +107,9 @@ class Snapshot:
         Raises:
             CheckpointError: HUB-* codes; ST-* and IDX-* codes for what is wrong before anything is downloaded.
         """
-        self.fetch(INDEX)
+        self.fetch(optional=(INDEX,))
         shards = self._shards()
-        absent = [name for name in shards if not exists(self.folder / name)]
+        absent = [name for name in shards if not (self.folder / name).exists()]
         if absent and self.files is None:
             self._refuse_offline(absent)
         if absent and self.files is not None and self.online:
@@ -124,16 +133,16 @@ class Snapshot:
         Raises:
             CheckpointError: HUB-*, ST-* and IDX-* codes, as for `fetch_weights`.
         """
-        self.fetch(INDEX)
+        self.fetch(optional=(INDEX,))
         shards = self._shards()
-        if not self.online and (absent := [shard for shard in shards if not exists(self.folder / shard)]):
+        if not self.online and (absent := [shard for shard in shards if not (self.folder / shard).exists()]):
             self._refuse_offline(absent)
         return self._headers(shards)
 
     def _shards(self) -> list[str]:
         """The files of weights: those in the index, or the single one."""
-        listed = self.files if self.files is not None else [SINGLE] * exists(self.folder / SINGLE)
-        if not exists(self.folder / INDEX):
+        listed = self.files if self.files is not None else [SINGLE] * (self.folder / SINGLE).exists()
+        if not (self.folder / INDEX).exists():
             if SINGLE in listed:
                 return [SINGLE]
             if self.files is None:
@@ -153,27 +162,16 @@ class Snapshot:
         return shards
 
     def _headers(self, shards: list[str]) -> dict[str, Stored]:
-        """All tensors of the shards: a range of each file, not the file.
-
-        `HfApi.get_safetensors_metadata` does this for whole repos, but puts the index into the default cache.
-        """
-        from huggingface_hub.errors import SafetensorsParsingError
+        """All tensors of the shards: a range of each file, not the file."""
 
         def place(shard: str) -> str:
             return f"{self.repo}@{self.commit[:8]}/{shard}"
 
         def read(shard: str) -> dict[str, Entry]:
-            if exists(self.folder / shard):
+            if (self.folder / shard).exists():
                 with io.FileIO(self.folder / shard) as file:
                     return read_header(file, place(shard))
-            found = retrying(
-                lambda: self.client.parse_safetensors_file_metadata(
-                    self.repo, shard, revision=self.commit, timeout=TIMEOUT
-                )
-            )
-            return {
-                name: Entry(info.dtype, tuple(info.shape), *info.data_offsets) for name, info in found.tensors.items()
-            }
+            return self._remote_header(shard, place(shard))
 
         tensors: dict[str, Stored] = {}
         # Nothing is read from what is not here.
@@ -183,11 +181,56 @@ class Snapshot:
             with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
                 for shard, entries in zip(shards, pool.map(read, shards), strict=True):
                     tensors |= {name: Stored(nothing, place(shard), entry) for name, entry in entries.items()}
-        except SafetensorsParsingError as error:
-            self._refuse("ST-HEADER", "safetensors files", quote(str(error).splitlines()[0]), "name another repo")
         except Exception as error:
             explain(error, self.doing, self.repo, token=self.client.token)
         return tensors
+
+    def _remote_header(self, shard: str, place: str) -> dict[str, Entry]:
+        """The header of a file that is not here, by the checks that the whole file will have to pass.
+
+        `HfApi.parse_safetensors_file_metadata` checks neither shapes nor offsets, and ends some malformed headers with
+        an error of Python's own.
+        """
+        assert self.files is not None
+        size = self.files[shard].size
+        with tempfile.TemporaryFile(buffering=0) as file:
+            try:
+                file.truncate(size)  # As long as the file, without taking up its room: the rest is a hole.
+            except (OSError, OverflowError):
+                self._refuse("HUB-FILE", "a size that there can be", f"{size} bytes", "name another repo", shard)
+            if size:
+                retrying(lambda: self._first_bytes(shard, min(size, _FIRST), file))
+            file.seek(0)
+            needed = 8 + int.from_bytes(file.read(8), "little")
+            if _FIRST < needed <= min(size, _LONGEST):
+                retrying(lambda: self._first_bytes(shard, needed, file))
+            return read_header(file, place)
+
+    def _first_bytes(self, shard: str, count: int, file: io.FileIO) -> None:
+        """Writes the first bytes of a file of the repo, which has as many, to the start of `file`."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff, httpx
+
+        url = hf_hub_url(self.repo, shard, revision=self.commit, endpoint=self.client.endpoint)
+        headers = build_hf_headers(
+            token=self.client.token,
+            library_name=self.client.library_name,
+            library_version=self.client.library_version,
+        )
+        headers |= {"range": f"bytes=0-{count - 1}", "accept-encoding": "identity"}
+        file.seek(0)
+        came = 0
+        with http_stream_backoff(
+            "GET", url, headers=headers, timeout=TIMEOUT, retry_on_exceptions=(), retry_on_status_codes=()
+        ) as response:
+            hf_raise_for_status(response)
+            for piece in response.iter_bytes():
+                file.write(piece[: count - came])
+                came += len(piece)
+                if came > count:  # Who knows no ranges sends the whole file.
+                    break
+        if came < count:
+            raise httpx.RemoteProtocolError(f"{came} of {count} bytes came")
 
     def _each(self, names: tuple[str, ...], size: int) -> None:
         """Downloads what is absent and checks what has not been, a few files at a time, under one bar in bytes."""
@@ -219,7 +262,7 @@ class Snapshot:
         expected, path = self._expected(name), self.folder / name
         wrong = 0
         while wrong < _TRIES:
-            came = 0 if exists(path) else self._download(name, advance)
+            came = 0 if path.exists() else self._download(name, advance)
             if expected is None:
                 return
             try:
@@ -322,7 +365,7 @@ def open_snapshot(
     from huggingface_hub import constants
 
     named = revision or "main"
-    if not re.fullmatch(r"[A-Za-z0-9._/+-]+", named) or ".." in named or named.startswith(("/", "-")):
+    if not is_revision(named):
         raise ValueError(f"`revision` must be the name of a branch or tag, or a commit; got {revision!r}.")
     client = api(token)
     root = pathlib.Path(cache_dir or constants.HF_HUB_CACHE).expanduser() / f"models--{repo.replace('/', '--')}"

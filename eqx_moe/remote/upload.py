@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from eqx_moe.checkpoint.checksums import CHECKSUMS, checksums_json
-from eqx_moe.checkpoint.shards import WEIGHTS, changed_while_reading
+from eqx_moe.checkpoint.shards import INDEX, WEIGHTS, changed_while_reading
 from eqx_moe.errors import CheckpointError
 from eqx_moe.remote.client import (
     TIMEOUT,
@@ -28,6 +28,7 @@ from eqx_moe.remote.client import (
     explain,
     is_conflict,
     is_repo,
+    is_revision,
     is_transient,
     retrying,
     seconds_to_wait,
@@ -50,6 +51,8 @@ def check_push(repo: str, revision: str | None, create_pr: bool) -> None:
     """
     if not is_repo(repo):
         raise ValueError(f'`repo_id` must be the name of a repo, "org/name"; got {repo!r}.')
+    if revision and (not is_revision(revision) or re.fullmatch("HEAD|[0-9a-f]{40}", revision)):
+        raise ValueError(f"`revision` must be what git takes as the name of a branch; got {revision!r}.")
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"The Hub opens pull requests against main only; got `create_pr` and {revision=}.")
 
@@ -67,7 +70,8 @@ def push(
 ) -> str:
     """Makes a repo hold these files of a model, in one commit after the one that it has now.
 
-    Weights of an earlier model that are not among the files are removed by the same commit; other files stay.
+    Weights of an earlier model that are not among the files are removed by the same commit; other files stay. The
+    checksums of the weights are written here.
 
     Args:
         files: the name in the repo -> content. Of those that are written for the purpose, the disk (`TMPDIR`) holds one
@@ -129,20 +133,21 @@ def _upload(client: Any, repo: str, branch: str, create_pr: bool, files: Mapping
                 addition.path_or_fileobj = pathlib.Path(addition.path_or_fileobj).read_bytes()
 
     small = [CommitOperationAdd(name, content) for name, content in files.items() if isinstance(content, bytes)]
-    large, sums = [], {}
+    sums = {addition.path_in_repo: addition.upload_info.sha256.hex() for addition in small}
+    large = []
     with _temporary_folder() as folder:
         for name, content in files.items():
             if isinstance(content, bytes):
                 continue
             path = content if isinstance(content, pathlib.Path) else _write(folder / name, content())
             large.append(CommitOperationAdd(name, path))
-            if WEIGHTS.fullmatch(name):
-                sums[name] = large[-1].upload_info.sha256.hex()
             upload(large[-1])
+            # Known from the upload, or read from the file while it is here.
+            sums[name] = large[-1].upload_info.sha256.hex()
             if path is not content:
                 path.unlink()
-    if CHECKSUMS not in files:
-        small.append(CommitOperationAdd(CHECKSUMS, checksums_json(sums)))
+    sums = {name: sums[name] for name in files if name.endswith(".safetensors") or name == INDEX}
+    small.append(CommitOperationAdd(CHECKSUMS, checksums_json(sums)))
     upload(*small)
     return large + small
 

@@ -356,8 +356,6 @@ def starts_llama3(text, flags, i, end, digits):
         starts |= number & ~(number << _ONE)
     if left < 64:
         starts |= _ONE << np.uint64(left)
-    else:
-        lone &= inside >> _ONE
     known = _ALL
     if newline & ~lone:
         k = trailing_zeros(newline & ~lone)

@@ -183,7 +183,6 @@ def _merge(text, offsets, counts, heads, stops, keys, heap, state, out, lengths,
             start, stop = offsets[word], offsets[word + 1]
             # Only before a new word: the one before it has all of its counts then.
             if words == len(lengths) or size + stop - start > len(out):
-                state[_LAST] = -1
                 break
             copy(text, start, out, size, stop - start)
             lengths[words] = stop - start

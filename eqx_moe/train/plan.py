@@ -2,28 +2,38 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import equinox as eqx
 import jax
 import numpy as np
 import optax
 
-from eqx_moe.models import plan_sharding, unstack
+from eqx_moe.models import plan_sharding, stack, unstack
 from eqx_moe.nn.block import Block
 from eqx_moe.nn.decoder import Decoder
-from eqx_moe.sharding import DATA, EXPERT, TENSOR, AnyMesh, Placement, Plan, expert_split, like_weights, rows_axes
+from eqx_moe.nn.mla import MLA
+from eqx_moe.nn.stack import Stack, blocks_of
+from eqx_moe.sharding import (
+    DATA,
+    EXPERT,
+    TENSOR,
+    AnyMesh,
+    Placement,
+    Plan,
+    expert_split,
+    like_weights,
+    rows_axes,
+    without_data,
+)
 
 # How often each part of a layer is there at once when the backward pass takes most, and the embedding and the head all
 # the while: what XLA's CPU back end makes of the step (jax 0.10.2), rounded. tests/test_train_plan.py compares.
-_WEIGHTS, _FFN_ROWS, _HIDDEN_ROWS, _VOCAB = 2, 4.5, 5, 3
+# Rows of pairs (token, expert) are those that an expert of the device may take; what comes of them is put back in the
+# place of all pairs of the tokens.
+_WEIGHTS, _VOCAB, _ATTENTION_ROWS, _FFN_ROWS, _HIDDEN_ROWS, _PAIR_ROWS, _COMBINED_ROWS = 2.5, 3, 1, 4.5, 5, 1, 2
 
 # Hidden states beside these where layers are split over `tensor`: each product has its own gradient for what it reads.
 _PARTIAL_SUMS = 8
-
-# How often hidden states are added up along `tensor` in a layer. Forward: what attention gives, and the MLP or experts.
-# Backward: attention once more, and the gradients of what q, k and v read, and gate and up, or the experts as one.
-_SUMS_DENSE, _SUMS_EXPERTS = 8, 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +119,7 @@ def plan_step(
     )
     step = _Step(model, sharding, rows, length)
     layers = [step.layer(i, block) for i, block in enumerate(model.layers)]
+    again, once = _turns(model, layers)
     vocabulary = [step.weight(place) for path, place in sharding.items() if path.split(".")[0] in _ENDS]
     return StepPlan(
         sharding=sharding,
@@ -120,10 +131,27 @@ def plan_step(
         batch=3 * step.tokens * 4,
         gradients=sharding.bytes_per_device,
         copies=sharding.bytes_per_device,
-        kept=sum(layer.kept for layer in layers),
-        working=max(layer.working for layer in layers) + _VOCAB * max(weight.gathered for weight in vocabulary),
+        # What is not computed again stays, all of it.
+        kept=sum(layer.kept for layer in layers) + sum(map(_working, once)),
+        working=max(map(_working, again), default=0) + _VOCAB * max(weight.gathered for weight in vocabulary),
         sent=step.sent(layers, vocabulary),
     )
+
+
+def _turns(model: Decoder, layers: list["_Layer"]) -> tuple[list[list["_Layer"]], list[list["_Layer"]]]:
+    """The layers that a turn of each scan runs, which the backward pass computes again; and those in no stack."""
+    again, once, first = [], [], 0
+    for layer in eqx.filter_eval_shape(stack, model).layers:
+        turns = again if isinstance(layer, Stack) else once
+        turns.append(layers[first : first + len(blocks_of(layer))])
+        first += layer.count if isinstance(layer, Stack) else 1
+    return again, once
+
+
+def _working(turn: list["_Layer"]) -> int:
+    """XLA gathers the weights of all layers of a turn, and runs one after the other."""
+    gathered = sum(weight.gathered for layer in turn for weight in layer.weights)
+    return int(_WEIGHTS * gathered) + max(layer.working for layer in turn)
 
 
 # The parts that have a row of weights for each id, and the norm between.
@@ -141,6 +169,8 @@ class _Weight:
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
+    """Bytes of a layer on a device; `working` is without the weights."""
+
     weights: list[_Weight]
     kept: int
     working: int
@@ -157,9 +187,18 @@ class _Step:
         self.axes = rows_axes(sharding.mesh, rows)
         split = math.prod(self.ways[axis] for axis in self.axes)
         self.tokens = rows // split * length
-        #: Bytes of the hidden states of all tokens of the device.
-        self.hidden = self.tokens * model.embed.weight.shape[1] * np.dtype(model.embed.weight.dtype).itemsize
+        self.width = model.embed.weight.shape[1]
+        self.itemsize = np.dtype(model.embed.weight.dtype).itemsize
         self.meet = self.ways[EXPERT] > 1 and expert_split(sharding.mesh, rows, length) is not None
+
+    def rows(self, width: int, tokens: int | None = None) -> int:
+        """Bytes of so many numbers for each of the tokens, by default those of the device."""
+        return (self.tokens if tokens is None else tokens) * width * self.itemsize
+
+    @property
+    def hidden(self) -> int:
+        """Bytes of the hidden states of all tokens of the device."""
+        return self.rows(self.width)
 
     def weight(self, place: Placement) -> _Weight:
         gathered = place.bytes_per_device * (self.ways[DATA] if DATA in place.spec else 1)
@@ -168,30 +207,57 @@ class _Step:
         return _Weight(gathered, to_gather, 2 * gathered * _others(apart))
 
     def layer(self, i: int, block: Block) -> _Layer:
-        def size(leaf: Any, part: str) -> int:
-            return self.sharding[f"layers.{i}.{part}"].sharding.shard_shape(leaf.shape)[-2]
-
-        own = {path: place for path, place in self.sharding.items() if path.startswith(f"layers.{i}.")}
-        weights = [self.weight(place) for place in own.values()]
-        working = _WEIGHTS * sum(weight.gathered for weight in weights)
-        working += _PARTIAL_SUMS * self.hidden if self.ways[TENSOR] > 1 else 0
-        tensor = 2 * self.hidden * _others(self.ways[TENSOR])
-        hidden = block.attention.q.weight.shape[-1]
+        at = f"layers.{i}."
+        weights = [self.weight(place) for path, place in self.sharding.items() if path.startswith(at)]
+        working = _PARTIAL_SUMS * self.hidden if self.ways[TENSOR] > 1 else 0
+        kept, to_experts = self.hidden, 0.0
+        # Queries, keys, values and what comes of them; and added up: what attention gives, once more when it is
+        # computed again, and the gradient of what each map reads.
+        mla = isinstance(block.attention, MLA)
+        maps = [f"{at}attention.{name}.weight" for name in (("q", "kv_b") if mla else ("q", "k", "v"))]
+        o = f"{at}attention.o.weight"
+        # Of latents keys are put together anew, as wide as queries.
+        made = [self.shape(path)[-2] for path in [*maps, *maps[:mla]]] + [self.shape(o)[-1]]
+        working += _ATTENTION_ROWS * self.rows(sum(made))
+        added = 2 * self.added(o) + sum(map(self.read, maps))
+        for mlp in ("mlp", "moe.shared"):
+            gate, up, down = (f"{at}{mlp}.{name}.weight" for name in ("gate", "up", "down"))
+            if gate in self.sharding:
+                working += _FFN_ROWS * self.rows(self.shape(gate)[-2])
+                added += self.added(down) + self.read(gate) + self.read(up)
         if block.moe is None:
-            assert block.mlp is not None
-            ffn = self.hidden // hidden * size(block.mlp.gate.weight, "mlp.gate.weight")
-            working += _FFN_ROWS * ffn + _HIDDEN_ROWS * self.hidden
-            return _Layer(weights, self.hidden, int(working), 0.0, _SUMS_DENSE * tensor)
-        together = self.hidden * (self.ways[EXPERT] if self.meet and EXPERT in self.axes else 1)
-        gate = block.moe.experts.gate
-        experts = gate.shape[-3] // self.ways[EXPERT]
-        pairs = together * min(block.moe.router.k, experts)
-        ffn = pairs // hidden * size(gate, "moe.experts.gate")
-        working += _FFN_ROWS * ffn + _HIDDEN_ROWS * pairs
-        # Gathered and scattered, forward and backward; of these the tokens and the results are kept.
-        to_experts = 4 * together * _others(self.ways[EXPERT]) if self.meet else 0.0
-        kept = 2 * self.hidden + (together if self.meet else 0)
-        return _Layer(weights, kept, int(working), to_experts, _SUMS_EXPERTS * tensor)
+            working += _HIDDEN_ROWS * self.hidden
+        else:
+            together = self.tokens * (self.ways[EXPERT] if self.meet and EXPERT in self.axes else 1)
+            gate, k = f"{at}moe.experts.gate", block.moe.router.k
+            experts, ffn, hidden = self.shape(gate)[0], self.shape(gate)[1], self.width
+            pairs = together * min(k, experts)
+            working += _FFN_ROWS * self.rows(ffn, pairs) + _PAIR_ROWS * self.rows(hidden, pairs)
+            working += _COMBINED_ROWS * self.rows(hidden, together * k)
+            # What the experts give, and the gradient of what they read, as one.
+            added += 2 * self.hidden if TENSOR in self.sharding[gate].spec else 0
+            # What the experts gave, and the router's logits, which are float32.
+            kept += self.hidden + 4 * self.tokens * self.sharding[gate].shape[0]
+            if self.meet:
+                # Gathered and scattered, forward and backward; of these the tokens and the results are kept.
+                to_experts = 4 * self.rows(hidden, together) * _others(self.ways[EXPERT])
+                kept += self.rows(hidden, together)
+        return _Layer(weights, kept, int(working), to_experts, 2 * added * _others(self.ways[TENSOR]))
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Of a device's part of a weight, gathered along `data`."""
+        place = self.sharding[path]
+        return without_data(place.sharding).shard_shape(place.shape)
+
+    def read(self, path: str) -> int:
+        """Bytes of what a map reads, if `tensor` splits what it gives: then each device has a part of its gradient."""
+        out_split, shape = self.sharding[path].spec[-2], self.sharding[path].shape
+        return self.rows(shape[-1]) if out_split == TENSOR else 0
+
+    def added(self, path: str) -> int:
+        """Bytes of what a map gives, if `tensor` splits what it reads: then each device has a part of it."""
+        in_split, shape = self.sharding[path].spec[-1], self.sharding[path].shape
+        return self.rows(shape[-2]) if in_split == TENSOR else 0
 
     def sent(self, layers: list[_Layer], vocabulary: list[_Weight]) -> dict[str, int]:
         inner = [weight for layer in layers for weight in layer.weights]
