@@ -26,6 +26,14 @@ def merged(words: dict[str, int], vocab_size: int, *, characters=True, **options
     return {token: i for i, token in enumerate(found.tokens)}, steps
 
 
+def test_pairs_that_are_rare_beside_others_are_merged_too():
+    """They are below the floor at first: it is lowered, and the pairs are counted anew."""
+    words = {f"{i:b}x{i:x}": 10 ** (i % 8) for i in range(1, 90)}
+    expected = train_slowly(words, 500)
+    assert sum(words.values()) // (32 * 500) > 10**3
+    assert merged(words, 500, threads=2) == expected
+
+
 def test_large_arrays_may_lie_in_files(monkeypatch):
     words = {f"{i:b}{i:x}": i % 7 + 1 for i in range(3000)}
     expected = merged(words, 400, threads=2)
