@@ -39,6 +39,10 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def contents(folder) -> dict[str, bytes | None]:
+    return {path.name: path.read_bytes() if path.is_file() else None for path in folder.iterdir()}
+
+
 def test_help_loads_nothing():
     code = """
 import sys
@@ -84,6 +88,12 @@ def test_several_sizes(run, files, tmp_path):
         assert Tokenizer.from_file(str(tmp_path / f"t-{size}.json")).to_str() == train_bpe(files, size).to_str()
 
 
+def test_several_folders_keep_their_whole_name(run, files, tmp_path):
+    assert run("train", files[0], "--vocab-size", 270, 300, "--out", tmp_path / "my-v1.5")[0] == 0
+    assert names(tmp_path)[-2:] == ["my-v1.5-270", "my-v1.5-300"]
+    assert names(tmp_path / "my-v1.5-300") == ["tokenizer.json", "tokenizer_config.json"]
+
+
 def test_counts_add_up_to_the_same_tokenizer(run, files, tmp_path):
     counts = [tmp_path / f"{i}.counts" for i in range(3)]
     for file, out in zip(files, counts, strict=True):
@@ -108,6 +118,12 @@ def test_reports(run, files, tmp_path):
     assert status == 0, err
     page = (tmp_path / "r.html").read_text()
     assert status == 0 and f"{size:,} bytes" in page and "<svg" in page and "</html>" in page
+
+
+def test_a_report_may_lie_in_the_folder_that_is_made(run, files, tmp_path):
+    out = tmp_path / "out"
+    status, _, err = run("train", files[0], "--vocab-size", 300, "--out", out, "--report", out / "r.html")
+    assert status == 0 and names(out) == ["r.html", "tokenizer.json", "tokenizer_config.json"], err
 
 
 @pytest.mark.parametrize("pattern", ["llama3", "metaspace"])
@@ -167,6 +183,18 @@ def test_a_file_that_changed_is_counted_again(run, files, tmp_path, monkeypatch)
     assert Tokenizer.from_file(str(tmp_path / "t.json")).to_str() == train_bpe(files, 300).to_str()
 
 
+def test_an_error_says_that_counts_are_kept(run, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "_GROUP", 1)
+    files[2].write_bytes(b"abc\xff")
+    arguments = ["train", *files, "--vocab-size", 300, "--out", tmp_path / "t.json"]
+    status, _, err = run(*arguments)
+    assert status == 1 and "DATA-UTF8" in err and "t.json.unfinished" in err and "goes on" in err
+    assert "Traceback" not in err and len(err) < 1000
+    files[2].write_text(SHORT)
+    status, _, err = run(*arguments)
+    assert status == 0 and "2 of 3 files were counted before" in err
+
+
 @pytest.mark.parametrize("after", [0.4, pytest.param(0.9, marks=pytest.mark.full)])
 def test_ctrl_c_at_some_moment(files, tmp_path, after):
     """A real signal, wherever it hits: nothing half-written, and the next run gives the whole result."""
@@ -200,13 +228,52 @@ def test_ctrl_c_at_some_moment(files, tmp_path, after):
         ("train a.txt --out t.json --max-memory 1KB", "`max_memory` must be at least"),
         ("merge-counts a.txt --out b.counts", "COUNTS-FORMAT"),
         ("count a.txt --pattern gtp2 --out a.counts", "gtp2"),
+        ("count a.txt --out a.txt", "a file that is read.*a.txt"),
+        ("count a.txt --out folder", "a folder, where a file.*folder"),
+        ("train a.txt --out folder.json", "a folder, where a file.*folder.json"),
+        ("train a.txt --out c.txt", "a file, where.*--out is a folder.*c.txt"),
+        ("train a.txt --vocab-size 270 300 --out d", "a file, where.*--out is a folder.*d-300"),
+        ("train a.json --out a.json", "a file that is read.*a.json"),
+        ("train --out r.json --report a.txt b.txt", "ending in .html.*a.txt.*files first"),
+        ("train a.txt page.html --out r.json --report page.html", "a file that is read.*page.html"),
+        ("train a.txt --out r.json --report linked.html", "a file that is read.*linked.html"),
+        ("train a.txt --out r.json --report nowhere/r.html", "no such folder.*nowhere"),
+        ("train a.txt --out r.json --report folder.html", "a folder, where a file.*folder.html"),
+        ("train a.txt --out r.html --report r.html", "another file than --out"),
+        ("train a.txt --special-tokens <s> b.txt --out r.json", "takes all that follows.*b.txt.*files first"),
     ],
 )
 def test_errors_are_short(run, files, tmp_path, monkeypatch, line, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
-    before = names(tmp_path)
+    for name in ("a.json", "page.html", "d-300"):
+        (tmp_path / name).write_text(SHORT)
+    (tmp_path / "linked.html").symlink_to(files[0])
+    for name in ("folder", "folder.json", "folder.html"):
+        (tmp_path / name).mkdir()
+    before = contents(tmp_path)
     status, out, err = run(*line.split())
     assert (status, out) == (1, "") and "Traceback" not in err and len(err) < 1000
     assert re.search(message, err), err
-    assert names(tmp_path) == before
+    assert contents(tmp_path) == before
+
+
+NOT_COUNTED = [
+    "count a.txt --out folder.json",
+    "train a.txt --out folder.json",
+    "train a.txt --out b.txt",
+    "train a.txt --out r.json --report nowhere/r.html",
+    "train a.txt --out r.json --report b.txt",
+    "train a.txt --out r.json --special-tokens <s> b.txt",
+]
+
+
+@pytest.mark.parametrize("line", NOT_COUNTED)
+def test_what_cannot_be_written_is_refused_before_counting(run, files, tmp_path, monkeypatch, line):
+    from eqx_moe.tokenizer import count
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.json").mkdir()
+    asked = []
+    monkeypatch.setattr(count, "count_files", lambda *args, **options: asked.append(args))
+    assert run(*line.split())[0] == 1 and not asked

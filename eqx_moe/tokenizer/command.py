@@ -59,7 +59,11 @@ def add_commands(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> 
     train.add_argument("--max-token-length", type=int, metavar="N", help="merges have fewer characters, or bytes")
     train.add_argument("--limit-alphabet", type=int, metavar="N", help="the most frequent characters only")
     train.add_argument(
-        "--report", nargs="?", const="-", metavar="FILE", help="say how well it compresses: a page of HTML, or here"
+        "--report",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="say how well it compresses: on a page, a file ending in .html, or here",
     )
 
     count = add(
@@ -100,7 +104,8 @@ def _train(args: argparse.Namespace) -> None:
     from eqx_moe.tokenizer.report import as_page, as_terminal, make_report
     from eqx_moe.tokenizer.train import Training
 
-    _check_writable(args.out)
+    outs = _outs(args.out, args.vocab_size)
+    _check_files(args, outs)
     template = args.chat_template.read_text() if args.chat_template else None
     named = {name: getattr(args, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
     check_out(args.out, *named.values(), template)
@@ -122,9 +127,6 @@ def _train(args: argparse.Namespace) -> None:
         else:
             words = stack.enter_context(_resumable(args, pattern))
         merges = training.merge(words)
-        outs = [args.out]
-        if len(training.sizes) > 1:
-            outs = [args.out.with_name(f"{args.out.stem}-{size}{args.out.suffix}") for size in training.sizes]
         for out, tokenizer in zip(outs, training.tokenizers(merges), strict=True):
             save_tokenizer(tokenizer, out, chat_template=template, **named)
             print(f"{tokenizer.get_vocab_size():,} tokens: {out}")
@@ -142,6 +144,7 @@ def _count(args: argparse.Namespace) -> None:
     from eqx_moe.tokenizer.counts_file import Counted, write_counts
 
     _check_writable(args.out)
+    _refuse_input("--out", args.out, args.files)
     pattern = args.pattern or _DEFAULT
     with _resumable(args, pattern) as words:
         write_counts(args.out, Counted(words, pattern, args.lines))
@@ -156,12 +159,57 @@ def _merge_counts(args: argparse.Namespace) -> None:
     print(f"{len(words):,} different words, {int(words.counts.sum()):,} in all: {args.out}")
 
 
-def _check_writable(out: pathlib.Path) -> None:
-    folder = out.absolute().parent
-    if not folder.is_dir():
-        raise FileNotFoundError(2, "no such folder", str(folder))
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(13, "no permission to write", str(folder))
+def _outs(out: pathlib.Path, sizes: Sequence[int]) -> list[pathlib.Path]:
+    """What is written for each size. `my-v1.5` is a folder and has no suffix: only .json stays at the end."""
+    if len(sizes) == 1:
+        return [out]
+    suffix = ".json" if out.suffix == ".json" else ""
+    return [out.with_name(f"{out.name.removesuffix(suffix)}-{size}{suffix}") for size in sizes]
+
+
+# --- What is refused before hours of counting ------------------------------------------------------------------------
+
+
+def _check_files(args: argparse.Namespace, outs: Sequence[pathlib.Path]) -> None:
+    """Refuses files that could not be written, that would replace what is read, or that an option has swallowed."""
+    first = "Name the files first, or in front of the options."
+    for token in args.special_tokens:
+        if os.path.isfile(token):
+            raise ValueError(f"--special-tokens takes all that follows it; got {token!r}, which is a file. {first}")
+    read = [*args.files, *filter(None, [args.chat_template])]
+    for out in outs:
+        _check_writable(out, folder=out.suffix != ".json")
+        _refuse_input("--out", out, read)
+    if args.report not in (None, "-"):
+        report = pathlib.Path(args.report)
+        if report.suffix.lower() != ".html":
+            raise ValueError(f"--report must be a file ending in .html, or have none; got {args.report!r}. {first}")
+        _refuse_input("--report", report, read)
+        folders = {out.absolute() for out in outs if out.suffix != ".json"}
+        if report.absolute() in folders:
+            raise ValueError(f"--report must be another file than --out; got {args.report!r} for both.")
+        if report.parent.is_dir() or report.absolute().parent not in folders:  # Which will be made.
+            _check_writable(report)
+
+
+def _check_writable(out: pathlib.Path, *, folder: bool = False) -> None:
+    """Refuses what could not be written. `folder`: `out` is to be a folder, which may be there."""
+    if folder and out.exists() and not out.is_dir():
+        raise NotADirectoryError(20, "a file, where without .json at its end --out is a folder", str(out))
+    if not folder and out.is_dir():
+        raise IsADirectoryError(21, "a folder, where a file is to be written; name another file", str(out))
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise FileNotFoundError(2, "no such folder", str(parent))
+    for place in (parent, out) if folder and out.is_dir() else (parent,):
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(13, "no permission to write", str(place))
+
+
+def _refuse_input(option: str, out: pathlib.Path, files: Sequence[str | pathlib.Path]) -> None:
+    """Refuses to write over a file that is read, whatever it is called there."""
+    if out.exists() and any(os.path.exists(file) and os.path.samefile(out, file) for file in files):
+        raise ValueError(f"{option} must not be a file that is read; got {str(out)!r}, which would be lost.")
 
 
 # --- Going on after an interruption ----------------------------------------------------------------------------------
@@ -196,9 +244,11 @@ def _resumable(args: argparse.Namespace, pattern: str) -> Iterator[Any]:
         if known:
             print(f"{known} of {len(files)} files were counted before: {state}", file=sys.stderr)
         yield add_counts(parts, state)
-    except KeyboardInterrupt:
-        if state.exists():
-            print(f"\nwhat is counted is kept in {state}: the same command goes on from it", file=sys.stderr)
+    except BaseException as error:
+        if any(state.glob("*.counts")):
+            start = "\n" if isinstance(error, KeyboardInterrupt) else ""  # Behind the terminal's ^C.
+            same = "with the same files, --pattern, --lines and --out, training or counting goes on from it"
+            print(f"{start}what is counted is kept in {state}: {same}", file=sys.stderr)
         raise
     shutil.rmtree(state, ignore_errors=True)
 
