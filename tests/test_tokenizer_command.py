@@ -139,6 +139,39 @@ def test_the_report_measures_what_the_tokenizer_does(run, files, tmp_path, patte
     assert line.split()[1] == f"{len(normalised.encode()) / tokens:.2f}"
 
 
+@pytest.mark.parametrize(("pattern", "limit", "sizes"), [("llama3", 83, (83, 101)), ("metaspace", 20, (276, 300))])
+def test_the_report_on_what_is_outside_of_the_alphabet(run, files, tmp_path, pattern, limit, sizes):
+    """Bytes without a symbol are what the tokenizer makes of them: nothing, or a token each."""
+    text = files[0].read_bytes().decode()
+    normalised = text if pattern == "llama3" else "▁" + text.replace(" ", "▁")
+    for size in sizes:
+        out = tmp_path / f"{size}.json"
+        options = ["--vocab-size", size, "--pattern", pattern, "--limit-alphabet", limit, "--out", out, "--report"]
+        _, said, _ = run("train", files[0], *options)
+        encoded = Tokenizer.from_file(str(out)).encode(text)
+        line = next(line for line in said.splitlines() if line.split()[:1] == [str(size)] and ":" not in line)
+        value = len(normalised.encode()) / len(encoded.ids)
+        if size > sizes[0]:  # In a vocabulary of characters, an upper bound: byte tokens keep symbols apart.
+            assert line.split()[1] == f"{value:.2f}" if pattern == "llama3" else float(line.split()[1]) > value
+            continue
+        assert line.split()[1] == f"{value:.2f}"
+        # Before any merge, tokens are bytes or characters.
+        fallen = [token for token in encoded.tokens if token.startswith("<0x")]
+        outside = len(fallen) if pattern == "metaspace" else len(text.encode()) - len(encoded.ids)
+        how = "each is a token of its own" if pattern == "metaspace" else "they are left out"
+        assert outside and f" {outside} bytes ({outside / len(normalised.encode()):.1%}) are outside" in said
+        assert how in said
+        if pattern == "metaspace":  # 27 bytes, a line feed, and "He", of the word that these are with a "▁" before.
+            assert f"{30 / 31:.1%}  CJK" in said
+
+
+def test_longest_tokens_have_no_byte_tokens(run, files, tmp_path):
+    options = ["--vocab-size", 340, "--pattern", "metaspace", "--special-tokens", "<unk>", "--report"]
+    _, said, _ = run("train", files[0], *options, "--out", tmp_path / "t.json")
+    longest = said.split("longest tokens, in bytes\n")[1].splitlines()
+    assert len(longest) == 20 and not [line for line in longest if "<0x" in line or "<unk>" in line]
+
+
 # --- Interruptions ---------------------------------------------------------------------------------------------------
 
 

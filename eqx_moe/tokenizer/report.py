@@ -9,24 +9,34 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from eqx_moe.tokenizer import cells
 from eqx_moe.tokenizer.alphabet import byte_characters
-from eqx_moe.tokenizer.counts import WordCounts
+from eqx_moe.tokenizer.counts import WordCounts, read_only
 from eqx_moe.tokenizer.merge import Merges
+from eqx_moe.tokenizer.patterns import BYTE_TOKENS
 from eqx_moe.tokenizer.reference import merge_symbols
 
 _LONGEST = 20
 _SCRIPTS = 16
+_FALLBACK = frozenset(BYTE_TOKENS)
 _SAMPLE = 20_000  # Words whose tokens are looked at; evenly over all, and the most frequent ones.
 
 
 @dataclass(frozen=True)
 class Report:
     """`curve`: vocabulary sizes, and bytes of text for each token. `longest`: tokens, with their lengths in bytes.
-    `scripts`: for each the share of its tokens that are a single byte, and of all bytes how many are of it."""
+    `scripts`: for each the share of its tokens that are a single byte, and of all bytes how many are of it.
+
+    `outside`: how many bytes are of symbols that are not in the vocabulary. They count as text; as tokens they count if
+    there is a token for each byte (`byte_fallback`, of vocabularies of characters), as the tokenizer has it. Then
+    `curve` is an upper bound past its first point: training merges across what is outside, the tokenizer does not.
+    """
 
     words: int
     unique: int
     bytes: int
+    outside: int
+    byte_fallback: bool
     curve: list[tuple[int, float]]
     longest: list[tuple[str, int]]
     scripts: list[tuple[str, float, float]]
@@ -35,7 +45,7 @@ class Report:
 def make_report(counts: WordCounts, merges: Merges, *, characters: bool, special_tokens: Sequence[str]) -> Report:
     """Looks at the words that a vocabulary was trained on. `characters`: its symbols are characters, not bytes."""
     size = int((counts.counts * np.diff(counts.offsets)).sum())
-    symbols = _symbols(counts, characters)
+    symbols, outside = _symbols(counts, merges, characters)
     left = symbols - np.cumsum(merges.saved)
     sizes = [n for n in _round_sizes(len(merges.tokens)) if n > merges.base] + [len(merges.tokens)]
     curve = [(merges.base, size / symbols)] if symbols else []
@@ -43,11 +53,11 @@ def make_report(counts: WordCounts, merges: Merges, *, characters: bool, special
         at = np.flatnonzero(merges.steps[:, 2] == n - 1)
         if len(at):
             curve.append((n, size / int(left[at[0]])))
-    special = set(special_tokens)
+    special = {*special_tokens, *(_FALLBACK if characters else ())}
     texts = [as_text(token, characters) for token in merges.tokens if token not in special]
     longest = sorted(((text, len(raw)) for text, raw in texts), key=lambda pair: -pair[1])[:_LONGEST]
     scripts = _scripts(counts, merges, characters)
-    return Report(int(counts.counts.sum()), len(counts), size, curve, longest, scripts)
+    return Report(int(counts.counts.sum()), len(counts), size, outside, characters, curve, longest, scripts)
 
 
 def as_text(token: str, characters: bool) -> tuple[str, bytes]:
@@ -60,12 +70,19 @@ def as_text(token: str, characters: bool) -> tuple[str, bytes]:
     return raw.decode(errors="replace"), raw
 
 
-def _symbols(counts: WordCounts, characters: bool) -> int:
-    """How many symbols the texts have before anything is merged."""
-    if not characters:
-        return int((counts.counts * np.diff(counts.offsets)).sum())
-    first = np.concatenate([[0], np.cumsum((counts.text & 0xC0) != 0x80)])
-    return int((counts.counts * np.diff(first[counts.offsets])).sum())
+def _symbols(counts: WordCounts, merges: Merges, characters: bool) -> tuple[int, int]:
+    """How many tokens the texts have before anything is merged, and how many bytes are outside of the vocabulary."""
+    seen = np.zeros((4, 0x110000 if characters else 256), np.int64)
+    cells.survey(read_only(counts.text), read_only(counts.offsets), read_only(counts.counts), characters, seen)
+    often, shown, alphabet = seen.sum(0), byte_characters(), set(merges.tokens[: merges.base])
+    inside = outside = 0
+    for code in np.flatnonzero(often).tolist():
+        character = chr(code) if characters else shown[code]
+        if character in alphabet:
+            inside += int(often[code])
+        else:
+            outside += int(often[code]) * (len(character.encode()) if characters else 1)
+    return inside + (outside if characters else 0), outside
 
 
 def _round_sizes(most: int) -> list[int]:
@@ -85,7 +102,11 @@ def _scripts(counts: WordCounts, merges: Merges, characters: bool) -> list[tuple
     for word in chosen.tolist():
         raw = counts.text[counts.offsets[word] : counts.offsets[word + 1]].tobytes()
         text, weight = raw.decode(), int(counts.counts[word])
-        symbols = [ids[c] for c in (text if characters else (shown[byte] for byte in raw)) if c in ids]
+        if characters:
+            spelt = [[c] if c in ids else [BYTE_TOKENS[byte] for byte in c.encode()] for c in text]
+            symbols = [ids[token] for several in spelt for token in several]
+        else:
+            symbols = [ids[shown[byte]] for byte in raw if shown[byte] in ids]
         while len(symbols) > 1:
             first = min(ranks.get(pair, len(steps)) for pair in zip(symbols, symbols[1:], strict=False))
             if first == len(steps):
@@ -101,7 +122,9 @@ def _scripts(counts: WordCounts, merges: Merges, characters: bool) -> list[tuple
 
 
 def _is_byte(token: str, characters: bool) -> bool:
-    return len(token) == 1 and (not characters or ord(token) < 0x80)
+    if not characters:
+        return len(token) == 1
+    return token in _FALLBACK or (len(token) == 1 and token.isascii())
 
 
 def _script(text: str) -> str:
@@ -152,7 +175,16 @@ table {{ border-collapse: collapse; }} td, th {{ padding: 0 1em 0 0; text-align:
 
 
 def _summary(report: Report) -> str:
-    return f"{report.bytes:,} bytes of text in {report.words:,} words, {report.unique:,} of them different."
+    summary = f"{report.bytes:,} bytes of text in {report.words:,} words, {report.unique:,} of them different."
+    if report.outside:
+        how = "they are left out, and are no tokens."
+        if report.byte_fallback:
+            how = (
+                "each is a token of its own. Training merges across them and the tokenizer does not, so that past the "
+                "first row bytes per token are at most those shown."
+            )
+        summary += f" {report.outside:,} bytes ({report.outside / report.bytes:.1%}) are outside of the alphabet: {how}"
+    return summary
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
