@@ -14,6 +14,8 @@ from eqx_moe.errors import DataError
 from eqx_moe.tokenizer import count, sources
 from eqx_moe.tokenizer.count import PATTERNS, count_files, count_texts
 from eqx_moe.tokenizer.counts import WordCounts
+from eqx_moe.tokenizer.cutting import cut_table
+from eqx_moe.tokenizer.sources import file_chunks
 
 CUSTOM = r"\p{L}+|\p{N}{1,2}"
 
@@ -84,6 +86,26 @@ def test_zstd(tmp_path):
     zstandard = pytest.importorskip("zstandard")
     (tmp_path / "a.zst").write_bytes(zstandard.compress(b"some words ") + zstandard.compress(b"more words"))
     assert as_dict(count_files([tmp_path / "a.zst"], "gpt2")) == {b"some": 1, b" words": 2, b" more": 1}
+
+
+@pytest.mark.parametrize("kept", [1, 12, 30])
+def test_a_zstd_frame_that_is_cut_off(kept, tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    packed = zstandard.compress("".join(map(chr, range(20_000))).encode())
+    assert len(packed) > 2 * kept
+    (tmp_path / "a.zst").write_bytes(zstandard.compress(b"whole") + packed[: len(packed) // 2 + kept])
+    with pytest.raises(DataError) as caught:
+        count_files([tmp_path / "a.zst"], "gpt2")
+    assert caught.value.code == "DATA-FILE" and caught.value.file == str(tmp_path / "a.zst")
+
+
+@pytest.mark.parametrize("pattern", ["metaspace", "llama3"])
+def test_lines_can_always_be_cut(pattern, tmp_path, small_chunks):
+    """Numbers have no letters to cut after, and `metaspace` no spaces: what is by lines is cut at their ends."""
+    (tmp_path / "numbers.txt").write_text("".join(f"{i}\n" for i in range(5000)))
+    chunks = list(file_chunks(tmp_path / "numbers.txt", 1000, cut_table(pattern), True))
+    assert len(chunks) > 20 and max(chunk.size for chunk in chunks) < 1100 and all(chunk.begins for chunk in chunks)
+    assert len(list(file_chunks(tmp_path / "numbers.txt", 1000, cut_table(pattern), False))) == 1
 
 
 def test_zstd_is_not_installed(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import bpe
+import numpy as np
 import pytest
 import splitting
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from eqx_moe.errors import DataError
 from eqx_moe.tokenizer import train_bpe, train_bpe_from_counts, train_bpe_from_iterator
 from eqx_moe.tokenizer.count import count_texts
+from eqx_moe.tokenizer.counts_file import Counted, add_counts
 from eqx_moe.tokenizer.export import save_tokenizer
 from eqx_moe.tokenizer.patterns import BYTE_TOKENS, LAYOUTS, pipeline
 
@@ -146,17 +148,43 @@ def test_more_pairs_than_32_bits_count():
         ({"vocab_size": 256, "special_tokens": ["<s>"]}, "at least 257.*got 256"),
         ({"vocab_size": []}, "got none"),
         ({"vocab_size": 300, "special_tokens": "<s>"}, "one text '<s>'"),
-        ({"vocab_size": 300, "special_tokens": [""]}, "empty text"),
+        ({"vocab_size": 300, "special_tokens": [""]}, "not empty; got ''"),
         ({"vocab_size": 300, "min_frequency": -1}, "`min_frequency` must be at least 0; got -1"),
         ({"vocab_size": 300, "max_token_length": 0}, "`max_token_length` must be at least 1; got 0"),
         ({"vocab_size": 300, "threads": 0}, "`threads` must be at least 1; got 0"),
         ({"vocab_size": 258, "pattern": "metaspace"}, "at least 260.*got 258"),
         ({"vocab_size": 300, "pattern": "gtp2"}, "gtp2"),
+        ({"vocab_size": 300, "pattern": "gpt-2"}, "one of gpt2, .*got 'gpt-2'"),
+        ({"vocab_size": 300, "pattern": "[a"}, "or a regular expression; got '\\[a': .*premature end"),
+        ({"vocab_size": 300, "special_tokens": ["\ud800"]}, "`special_tokens` must be texts"),
+        ({"vocab_size": 600, "pattern": "metaspace", "end_of_word_suffix": "</w>"}, "suffix must be empty; got .*</w>"),
     ],
 )
 def test_impossible_options(options, message):
     with pytest.raises(ValueError, match=message):
         train_bpe_from_iterator(["abc"], **options)
+
+
+def test_counts_know_how_they_were_cut():
+    counted = Counted(count_texts([SHORT], "gpt2"), "gpt2", False)
+    expected = train_bpe_from_iterator([SHORT], 300, "gpt2").to_str()
+    assert train_bpe_from_counts(counted, 300, "gpt2").to_str() == expected
+    with pytest.raises(ValueError, match="must be 'gpt2', by which these words were cut; got 'llama3'"):
+        train_bpe_from_counts(counted, 300)
+
+
+def test_as_many_tokens_as_anybody_wants():
+    """Memory goes by the words, not by the number; and NumPy's integers will do."""
+    expected = train_bpe_from_iterator([SHORT], 3000).to_str()
+    assert train_bpe_from_iterator([SHORT], np.int64(2**31 - 1)).to_str() == expected
+
+
+def test_counts_that_64_bits_do_not_hold():
+    words = bpe.word_counts({"aaaa": 2**61})
+    with pytest.raises(ValueError, match=r"fewer than 2\*\*62 bytes; got about 9.22e\+18"):
+        train_bpe_from_counts(words, 300, "gpt2")
+    with pytest.raises(OverflowError):
+        add_counts([words, words, words, words])
 
 
 def test_files_that_are_no_text(tmp_path):

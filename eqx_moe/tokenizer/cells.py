@@ -12,20 +12,21 @@ Every function here releases the interpreter lock. Arrays have the shapes and dt
 from typing import no_type_check
 
 import numpy as np
-from numba import njit
+
+from eqx_moe.tokenizer.kernel import kernel
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def slot_of(key, shift):
     """The top bits of a multiplicative hash."""
     return np.int64((np.uint64(key) * _GOLDEN) >> np.uint64(shift))
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _character(text, at):
     """The code point at a place in UTF-8 text that is known to be valid, and how many bytes it has."""
     code, width = np.int64(text[at]), 1
@@ -38,7 +39,7 @@ def _character(text, at):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def survey(text, offsets, counts, characters, seen):
     """Adds up how often each byte, or character, occurs: int64 [4, 256 or more], a row as in `fill`."""
     for word in range(len(counts)):
@@ -51,7 +52,7 @@ def survey(text, offsets, counts, characters, seen):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def count_counts(counts, words_of):
     """Adds up how many words have each count below `len(words_of)`; returns how many have a higher one."""
     others = 0
@@ -64,7 +65,7 @@ def count_counts(counts, words_of):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def sort_by_count(counts, free, order, others):
     """Puts words in order: `free` is where the next word of a count goes. Words of counts past it go into `others`."""
     n = 0
@@ -78,7 +79,7 @@ def sort_by_count(counts, free, order, others):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def fill(text, offsets, counts, order, characters, ids, cells, class_start, class_count):
     """Writes the words' symbols into `cells` and says how many cells and how many classes of counts there are.
 
@@ -113,7 +114,7 @@ def fill(text, offsets, counts, order, characters, ids, cells, class_start, clas
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def compact(cells, lo, hi, span, alias, class_start, class_count, classes, buckets, shift, length, max_length):
     """Gives the words between two separators one cell a symbol again, leaves out words that have become one symbol, and
     weighs pairs by their hash.
@@ -157,7 +158,7 @@ def compact(cells, lo, hi, span, alias, class_start, class_count, classes, bucke
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def next_separator(cells, at):
     """The first separator from a cell on."""
     separator = cells.dtype.type(-1)
@@ -167,7 +168,7 @@ def next_separator(cells, at):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def move(cells, start, stop, gap):
     """Moves cells down."""
     if gap > 0:

@@ -3,10 +3,10 @@
 from typing import no_type_check
 
 import numpy as np
-from numba import njit
 
 from eqx_moe.tokenizer import unicode_table
 from eqx_moe.tokenizer.flags import PADDING, classify
+from eqx_moe.tokenizer.kernel import kernel
 from eqx_moe.tokenizer.machine import load64
 
 _HIGH = np.uint64(0x8080808080808080)
@@ -14,7 +14,7 @@ _BLOCK = 1 << 14
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _is_composed(text, begin, end, table):
     """Whether no character of `text[begin:end]` may change. Bytes that are not UTF-8 do not count as a change."""
     forms = np.zeros(_BLOCK + PADDING, np.uint8)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, NoReturn
 
 import numpy as np
-from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 from tqdm import tqdm
 
 from eqx_moe.sizes import parse_size
@@ -19,6 +19,7 @@ from eqx_moe.tokenizer.counts import WordCounts
 from eqx_moe.tokenizer.cutting import cut_table
 from eqx_moe.tokenizer.flags import flag_table
 from eqx_moe.tokenizer.machine import announced
+from eqx_moe.tokenizer.patterns import split_by
 from eqx_moe.tokenizer.scan_count import DONE, KERNELS, NOT_UTF8
 from eqx_moe.tokenizer.sources import Chunk, PathLike, file_chunks, files_size, joined, text_chunks
 from eqx_moe.tokenizer.spill import Spill
@@ -105,10 +106,7 @@ def _counter(pattern: str, by_line: bool) -> _Counter:
     if pattern in KERNELS:
         count = functools.partial(_count_chunk, pattern=pattern, by_line=by_line)
         return _Counter(count, cut_table(pattern))
-    if re.fullmatch(r"\w*", pattern):
-        raise ValueError(f"`pattern` must be one of {', '.join(PATTERNS)}, or a regular expression; got {pattern!r}.")
-    split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    return _Counter(functools.partial(_count_matches, split=split, by_line=by_line), None)
+    return _Counter(functools.partial(_count_matches, split=split_by(pattern), by_line=by_line), None)
 
 
 class _Plan(NamedTuple):

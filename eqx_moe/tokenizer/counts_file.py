@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import no_type_check
 
 import numpy as np
-from numba import njit
 
 from eqx_moe.errors import DataError, quote
 from eqx_moe.tokenizer.counts import WordCounts, large_array, read_only
+from eqx_moe.tokenizer.kernel import kernel
 
 MAGIC = b"EQXCOUNT"
 VERSION = 1
@@ -142,7 +142,7 @@ def _umask() -> int:
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def first_wrong(text, offsets, counts):
     """The first word that cannot be: out of order, empty, not UTF-8, or of a count below 1. -1 if all are right."""
     words = len(counts)
@@ -172,7 +172,7 @@ def first_wrong(text, offsets, counts):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _compare(text, offsets, word, other_text, other_offsets, other):
     """Below 0, 0 or above 0 as a word comes before, is, or comes after another."""
     start, other_start = offsets[word], other_offsets[other]
@@ -195,7 +195,7 @@ def add_counts(parts: Sequence[WordCounts], folder: PathLike | None = None) -> W
     """
     if not parts:
         return WordCounts(np.zeros(0, np.uint8), np.zeros(1, np.int64), np.zeros(0, np.int64))
-    if sum(int(part.counts.sum()) for part in parts) >= 2**62:
+    if sum(float(part.counts.sum(dtype=np.float64)) for part in parts) >= 2**62:
         raise OverflowError("the counts add up to 2**62 or more")
     parts = list(parts)
     while len(parts) > 1:  # Neighbours in pairs: each word is copied log2(parts) times.
@@ -253,7 +253,7 @@ def _add_two(one: WordCounts, two: WordCounts, folder: PathLike | None) -> WordC
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _merge_sorted(text, offsets, counts, text2, offsets2, counts2, text_out, offsets_out, counts_out):
     i = j = words = used = 0
     offsets_out[0] = 0

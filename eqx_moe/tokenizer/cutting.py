@@ -13,10 +13,10 @@ import functools
 from typing import no_type_check
 
 import numpy as np
-from numba import njit
 
 from eqx_moe.tokenizer import unicode_table
 from eqx_moe.tokenizer.flags import CJK, LOWER, SPACE, UPPER, WORD, flag_table, width
+from eqx_moe.tokenizer.kernel import kernel
 
 
 @functools.cache
@@ -33,14 +33,14 @@ def cut_table(pattern: str) -> np.ndarray:
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def may_cut(before, after, byte):
     """Whether a text may be cut between characters of such flags, of which the second begins with `byte`."""
     return before & (WORD | CJK) and not after & (WORD | UPPER | LOWER | CJK) and byte != 39
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def last_cut(text, flags, start, stop):
     """The last place above `start` and below `stop` where a classified text may be cut, or 0."""
     for k in range(stop - 1, start, -1):
@@ -50,7 +50,7 @@ def last_cut(text, flags, start, stop):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _flags_at(text, i, end, table):
     """The flags of the character that begins at `text[i]`, all of them if it is none."""
     lead = np.int64(text[i])
@@ -68,7 +68,7 @@ def _flags_at(text, i, end, table):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def find_cut(text, start, target, end, table):
     """The first place from `target` on (which is above `start`) where `text[start:end]` may be cut, or `end`.
 

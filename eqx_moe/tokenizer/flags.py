@@ -4,9 +4,9 @@ import functools
 from typing import no_type_check
 
 import numpy as np
-from numba import njit
 
 from eqx_moe.tokenizer import unicode_table
+from eqx_moe.tokenizer.kernel import kernel
 from eqx_moe.tokenizer.machine import load64
 
 #: Flags of a character. What a flag means exactly depends on the pattern: see `flag_table`.
@@ -64,7 +64,7 @@ def flag_table(pattern: str) -> np.ndarray:
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def classify(text, start, end, table, flags):
     """Give each byte of `text[start:end]` its character's flags, in `flags[start:end]`.
 
@@ -115,7 +115,7 @@ def classify(text, start, end, table, flags):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def width(text, i):
     """How many bytes the character at `text[i]` has."""
     lead = text[i]

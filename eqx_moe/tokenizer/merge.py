@@ -51,6 +51,8 @@ def merge_words(
     """
     if len(symbols.tokens) >= vocab_size:
         return Merges(list(symbols.tokens), len(symbols.tokens), np.zeros((0, 3), np.int32), np.zeros(0, np.int64))
+    # Each merge leaves fewer symbols in the words: there are no more tokens than these allow.
+    vocab_size = min(vocab_size, len(symbols.tokens) + len(words.text))
     check_memory(max_memory, vocab_size, threads)
     spilled = max_memory is not None and max_memory < memory_needed(words, vocab_size, threads)
     folder = tempfile.gettempdir() if spilled else None

@@ -11,9 +11,9 @@ Every function here releases the interpreter lock. Arrays have the shapes and dt
 from typing import no_type_check
 
 import numpy as np
-from numba import njit
 
 from eqx_moe.tokenizer.cells import slot_of
+from eqx_moe.tokenizer.kernel import kernel
 from eqx_moe.tokenizer.machine import prefetch
 
 # Why `merge_until` returned.
@@ -32,7 +32,7 @@ _AHEAD = 24  # Cells are asked for so many occurrences before they are needed; a
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _find(table_key, table_record, shift, key):
     """The record of a pair, or -1."""
     mask = len(table_key) - 1
@@ -45,7 +45,7 @@ def _find(table_key, table_record, shift, key):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _insert(table_key, table_record, shift, key, record):
     mask = len(table_key) - 1
     slot = slot_of(key, shift)
@@ -56,7 +56,7 @@ def _insert(table_key, table_record, shift, key, record):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _class_of(class_start, at):
     """The class of counts that a cell belongs to."""
     low, high = 0, len(class_start)
@@ -73,7 +73,7 @@ def _class_of(class_start, at):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def count_pairs(
     cells, lo, hi, class_start, class_count, length, max_length, buckets, bucket_shift, floor,
     table_key, table_record, shift, key, count, places, state,
@@ -113,7 +113,7 @@ def count_pairs(
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def add_records(records, part_key, part_count, part_places, table_key, table_record, shift, key, count, places, state):
     """Adds one thread's records to those of all, which have room."""
     known = state[RECORDS]
@@ -132,7 +132,7 @@ def add_records(records, part_key, part_count, part_places, table_key, table_rec
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def keep_frequent(floor, table_key, table_record, shift, key, count, start, places, state):
     """Drops the records under the floor and gives each other one its part of the arena. Returns how much they need."""
     kept, used = 0, 0
@@ -152,7 +152,7 @@ def keep_frequent(floor, table_key, table_record, shift, key, count, start, plac
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def share_arena(records, part_key, part_places, part_cursor, table_key, table_record, shift, free):
     """Where one thread writes the places of each of its records: -1 for those that were dropped. `free` moves on."""
     for part in range(records):
@@ -164,7 +164,7 @@ def share_arena(records, part_key, part_places, part_cursor, table_key, table_re
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def write_places(cells, lo, hi, buckets, bucket_shift, floor, table_key, table_record, shift, cursor, arena):
     """Writes where each pair occurs; `cursor` is where in the arena the next place of a record goes, or -1."""
     separator = np.int64(cells.dtype.type(-1))
@@ -182,7 +182,7 @@ def write_places(cells, lo, hi, buckets, bucket_shift, floor, table_key, table_r
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def rebuild(table_key, table_record, shift, key, records):
     """Fills an empty table with all records."""
     for record in range(records):
@@ -193,13 +193,13 @@ def rebuild(table_key, table_record, shift, key, records):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _before(count, record, other_count, other_record, key):
     return count > other_count or (count == other_count and key[record] < key[other_record])
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _sink(heap_count, heap_record, size, key, at):
     count, record = heap_count[at], heap_record[at]
     while True:
@@ -218,7 +218,7 @@ def _sink(heap_count, heap_record, size, key, at):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _push(heap_count, heap_record, size, key, count, record):
     at = size
     while at > 0:
@@ -231,7 +231,7 @@ def _push(heap_count, heap_record, size, key, count, record):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def build_heap(heap_count, heap_record, key, count, state):
     """A heap of all records."""
     size = state[RECORDS]
@@ -246,7 +246,7 @@ def build_heap(heap_count, heap_record, key, count, state):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def add_hash(known, digest):
     """Adds a hash to a set, uint64 [power of two] with 0 for nothing. False if it was there."""
     digest = digest | np.uint64(1)
@@ -263,7 +263,7 @@ def add_hash(known, digest):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def merge_until(
     cells, span, length, max_length, class_start, class_count, table_key, table_record, shift, key, count, start,
     places, heap_count, heap_record, arena, seen, sums, before, after, text_hash, text_power,

@@ -3,8 +3,11 @@
 The expressions are as the tokenizers' own files have them; `scanners` walks through the same ones by hand.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
+
+from tokenizers import Regex, pre_tokenizers
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -53,6 +56,27 @@ LAYOUTS = {
 
 #: The tokens of a vocabulary of characters that stand for single bytes.
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
+
+
+def check_pattern(pattern: str) -> None:
+    """Refuses what is neither a pattern's name nor a regular expression."""
+    if pattern not in LAYOUTS:
+        split_by(pattern)
+
+
+def split_by(pattern: str) -> pre_tokenizers.Split:
+    """What cuts by a regular expression.
+
+    Raises:
+        ValueError: it is none, or looks like a name that was mistyped.
+    """
+    names = f"`pattern` must be one of {', '.join(LAYOUTS)}, or a regular expression; got {pattern!r}"
+    if re.fullmatch(r"[\w .-]*", pattern):
+        raise ValueError(f"{names}.")
+    try:
+        return pre_tokenizers.Split(Regex(pattern), "isolated")
+    except Exception as error:  # `tokenizers` has none of its own.
+        raise ValueError(f"{names}: {error}.") from error
 
 
 def layout(pattern: str) -> Layout:

@@ -8,6 +8,7 @@ from numba import njit
 from eqx_moe.tokenizer import scanners
 from eqx_moe.tokenizer.cutting import last_cut
 from eqx_moe.tokenizer.flags import PADDING, classify
+from eqx_moe.tokenizer.kernel import kernel
 from eqx_moe.tokenizer.machine import copy
 from eqx_moe.tokenizer.word_table import add_pieces
 
@@ -72,37 +73,37 @@ def _count(split, text, bounds, by_line, begin, table, slots, records, arena, st
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def count_gpt2(text, bounds, by_line, begin, table, slots, records, arena, state):
     return _count(scanners.split_gpt2, text, bounds, by_line, begin, table, slots, records, arena, state)
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def count_llama3(text, bounds, by_line, begin, table, slots, records, arena, state):
     return _count(scanners.split_llama3, text, bounds, by_line, begin, table, slots, records, arena, state)
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def count_qwen2(text, bounds, by_line, begin, table, slots, records, arena, state):
     return _count(scanners.split_qwen2, text, bounds, by_line, begin, table, slots, records, arena, state)
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def count_o200k(text, bounds, by_line, begin, table, slots, records, arena, state):
     return _count(scanners.split_o200k, text, bounds, by_line, begin, table, slots, records, arena, state)
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def count_deepseek_v3(text, bounds, by_line, begin, table, slots, records, arena, state):
     return _count(scanners.split_deepseek_v3, text, bounds, by_line, begin, table, slots, records, arena, state)
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def count_metaspace(text, bounds, by_line, begin, table, slots, records, arena, state):
     return _count(scanners.split_metaspace, text, bounds, by_line, begin, table, slots, records, arena, state)
 

@@ -9,7 +9,6 @@ order; the expressions stand beside them. `tests/test_tokenizer_scanners.py` com
 from typing import no_type_check
 
 import numpy as np
-from numba import njit
 
 from eqx_moe.tokenizer.flags import (
     CJK,
@@ -27,6 +26,7 @@ from eqx_moe.tokenizer.flags import (
     flag_table,
     width,
 )
+from eqx_moe.tokenizer.kernel import kernel
 from eqx_moe.tokenizer.machine import load64, matches64, trailing_zeros
 
 _ONES = np.uint64(0x0101010101010101)
@@ -36,7 +36,7 @@ _APOSTROPHE = 39
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def run(flags, i, end, flag):
     """The end of the run of bytes from `i` on that have a flag."""
     wanted = np.uint64(flag) * _ONES
@@ -49,7 +49,7 @@ def run(flags, i, end, flag):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def up_to_three(text, flags, i, end):
     r"""The end of `\p{N}{1,3}` from `i` on."""
     j = i + width(text, i)
@@ -60,7 +60,7 @@ def up_to_three(text, flags, i, end):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def last_character(text, start, end):
     """Where the last character of `text[start:end]` begins."""
     i = end - 1
@@ -70,7 +70,7 @@ def last_character(text, start, end):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def contraction(text, i, end, any_case):
     """The end of `'s|'t|'re|'ve|'m|'ll|'d` at the apostrophe `text[i]`, or `i`. In any case, 'ſ counts too."""
     if i + 1 >= end:
@@ -93,7 +93,7 @@ def contraction(text, i, end, any_case):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def blanks(text, flags, i, end):
     r"""The end of `\s+(?!\S)|\s+` from `i` on: a run of whitespace leaves its last character, if it has another."""
     j = run(flags, i, end, SPACE)
@@ -104,7 +104,7 @@ def blanks(text, flags, i, end):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def lines_and_blanks(text, flags, i, end, closing):
     r"""The end of `\s*[\r\n]+|\s+(?!\S)|\s+` from `i` on: up to the last newline of the run, if it has any.
 
@@ -121,7 +121,7 @@ def lines_and_blanks(text, flags, i, end, closing):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def next_gpt2(text, flags, i, end):
     r"""`'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`"""
     j = i
@@ -141,7 +141,7 @@ def next_gpt2(text, flags, i, end):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def next_llama3(text, flags, i, end, digits):
     r"""`(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}| ?[^\s\p{L}\p{N}]+[\r\n]*|`
     `\s*[\r\n]+|\s+(?!\S)|\s+`
@@ -166,7 +166,7 @@ def next_llama3(text, flags, i, end, digits):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def word_o200k(flags, i, end):
     r"""The end of `[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+` from `i` on, or `i`."""
     j = run(flags, i, end, UPPER)
@@ -180,7 +180,7 @@ def word_o200k(flags, i, end):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def next_o200k(text, flags, i, end):
     r"""A word in either of two forms, and the rest of Llama-3's alternatives with a slash added:
 
@@ -218,13 +218,13 @@ def next_o200k(text, flags, i, end):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def is_ascii_letter(byte):
     return 65 <= byte <= 90 or 97 <= byte <= 122
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def unmatched(text, flags, i, end, kind, word):
     """The end of the characters from `i` on whose flags are `kind`, or of a word, if just one of them is before it."""
     j = i + width(text, i)
@@ -239,7 +239,7 @@ def unmatched(text, flags, i, end, kind, word):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def next_deepseek_v3(text, flags, i, end):
     r"""Three splits, each of the pieces of the one before: `\p{N}{1,3}`, `[一-龥぀-ゟ゠-ヿ]+`, and
 
@@ -277,14 +277,14 @@ def next_deepseek_v3(text, flags, i, end):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def next_metaspace(text, flags, i, end):
     """A piece begins at each U+2581 (which has three bytes) and at the beginning of the text."""
     return run(flags, i + 3 if flags[i] & SPACE else i, end, WORD)
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def firsts(last, followers):
     """Bits of the last bytes of characters, moved to their first bytes."""
     while last & followers:
@@ -294,7 +294,7 @@ def firsts(last, followers):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def starts_gpt2(text, flags, i, end):
     """Where pieces begin, or the text ends, among the 63 bytes after `i`, where one begins: bit k for `text[i + k]`.
 
@@ -328,7 +328,7 @@ def starts_gpt2(text, flags, i, end):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def starts_llama3(text, flags, i, end, digits):
     """As `starts_gpt2`, for `next_llama3`; what is left out are pieces from the first on that would be hard to tell."""
     left = min(end - i, 64)
@@ -379,7 +379,7 @@ def starts_llama3(text, flags, i, end, digits):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def put_down(starts, i, ends, count):
     """Write the places of bits to `ends`, from `count` on; returns up to where."""
     while starts:
@@ -390,7 +390,7 @@ def put_down(starts, i, ends, count):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def split_gpt2(text, flags, i, end, ends):
     """Write where the pieces of `text[i:end]` end, as many as `ends` holds; returns how many."""
     count = 0
@@ -406,7 +406,7 @@ def split_gpt2(text, flags, i, end, ends):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def split_llama3(text, flags, i, end, ends):
     """As `split_gpt2`, for Llama-3's pattern."""
     count = 0
@@ -422,7 +422,7 @@ def split_llama3(text, flags, i, end, ends):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def split_qwen2(text, flags, i, end, ends):
     r"""As `split_gpt2`, for Qwen2's pattern: Llama-3's with `\p{N}` in place of `\p{N}{1,3}`."""
     count = 0
@@ -438,7 +438,7 @@ def split_qwen2(text, flags, i, end, ends):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def split_o200k(text, flags, i, end, ends):
     """As `split_gpt2`, for o200k's pattern."""
     count = 0
@@ -450,7 +450,7 @@ def split_o200k(text, flags, i, end, ends):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def split_deepseek_v3(text, flags, i, end, ends):
     """As `split_gpt2`, for DeepSeek-V3's pattern."""
     count = 0
@@ -462,7 +462,7 @@ def split_deepseek_v3(text, flags, i, end, ends):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def split_metaspace(text, flags, i, end, ends):
     """As `split_gpt2`, for text in which U+2581 stands for each space."""
     count = 0

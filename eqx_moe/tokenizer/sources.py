@@ -108,13 +108,12 @@ def file_chunks(path: PathLike, size: int, table: np.ndarray | None, by_line: bo
 
 def _cut(text: np.ndarray, start: int, target: int, table: np.ndarray | None, by_line: bool) -> int:
     """Where a text may be cut from `target` on, or its end."""
-    if table is not None:
-        return find_cut(text, start, target, len(text), table)
-    for begin in range(target, len(text) if by_line else target, _STEP):
-        ends = np.flatnonzero(text[begin : begin + _STEP] == ord("\n"))
+    end = len(text) if table is None else find_cut(text, start, target, len(text), table)
+    for begin in range(target, end if by_line else target, _STEP):
+        ends = np.flatnonzero(text[begin : min(begin + _STEP, end)] == ord("\n"))
         if len(ends):
             return begin + int(ends[0]) + 1
-    return len(text)
+    return end
 
 
 def _mapped_chunks(path: PathLike, size: int, table: np.ndarray | None, by_line: bool) -> Iterator[Chunk]:
@@ -142,7 +141,37 @@ def _zstd_reader(path: PathLike) -> Callable[[BinaryIO], Any]:
     except ImportError:
         fix = "pip install 'eqx_moe[zstd]', or unpack the file"
         _refuse("DATA-ZSTD", str(path), "the package zstandard, to unpack it", "that it is not installed", fix)
-    return lambda file: zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+    return lambda file: _ZstdReader(file, zstandard.ZstdDecompressor())
+
+
+class _ZstdReader:
+    """What a file of zstd frames holds. zstandard's own reader takes a frame that is cut off for one that ends."""
+
+    def __init__(self, file: BinaryIO, decompressor: Any):
+        self._file, self._decompressor = file, decompressor
+        self._frame, self._rest = None, b""
+
+    def __enter__(self) -> "_ZstdReader":
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
+    def read(self, size: int) -> bytes:
+        """Some bytes, not more than a few MB above `size`; none at the end."""
+        found = bytearray()
+        while len(found) < size:
+            # Little at a time, of which much may come.
+            packed = self._rest or self._file.read(1 << 12)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("the last frame is cut off")
+                break
+            self._frame = self._frame or self._decompressor.decompressobj()
+            found += self._frame.decompress(packed)
+            self._rest = self._frame.unused_data if self._frame.eof else b""
+            self._frame = None if self._frame.eof else self._frame
+        return bytes(found)
 
 
 def _unpacked_chunks(

@@ -12,9 +12,9 @@ import threading
 from typing import Any, no_type_check
 
 import numpy as np
-from numba import njit
 
 from eqx_moe.tokenizer.counts import WordCounts
+from eqx_moe.tokenizer.kernel import kernel
 from eqx_moe.tokenizer.machine import byte_swap, copy, load64
 from eqx_moe.tokenizer.word_table import WordTable
 
@@ -106,7 +106,7 @@ class Spill:
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _key(text, offsets, word):
     """The first eight bytes of a word, as a number that orders as they do; zeros after its end."""
     value = byte_swap(load64(text, offsets[word]))
@@ -115,7 +115,7 @@ def _key(text, offsets, word):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _compare(text, offsets, one, two):
     """Below, at or above 0, as one word comes before another, is the same, or comes after it."""
     start, other = offsets[one], offsets[two]
@@ -135,7 +135,7 @@ def _compare(text, offsets, one, two):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _sift(text, offsets, heads, keys, heap, size, place):
     """Let the run at a place of the heap sink to where it belongs, by its next word."""
     run = heap[place]
@@ -160,7 +160,7 @@ def _sift(text, offsets, heads, keys, heap, size, place):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _start(text, offsets, heads, keys, heap):
     """Make the runs a heap."""
     for run in range(len(heads)):
@@ -170,7 +170,7 @@ def _start(text, offsets, heads, keys, heap):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _merge(text, offsets, counts, heads, stops, keys, heap, state, out, lengths, sums):
     """Write the next words, as many as there is room for; returns how many, and of how many bytes."""
     words, size = 0, 0

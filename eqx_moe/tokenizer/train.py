@@ -1,9 +1,11 @@
 """Training: texts or counts in, a `tokenizers.Tokenizer` out, with the vocabulary and merges of Hugging Face's."""
 
+import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, SupportsIndex, TypedDict, Unpack, overload
 
+import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -11,10 +13,11 @@ from eqx_moe.sizes import parse_size
 from eqx_moe.tokenizer.alphabet import byte_characters, choose_symbols
 from eqx_moe.tokenizer.count import count_files, count_texts
 from eqx_moe.tokenizer.counts import WordCounts
+from eqx_moe.tokenizer.counts_file import Counted
 from eqx_moe.tokenizer.export import build_tokenizer
 from eqx_moe.tokenizer.machine import announced
 from eqx_moe.tokenizer.merge import Merges, check_memory, merge_words
-from eqx_moe.tokenizer.patterns import BYTE_TOKENS, layout
+from eqx_moe.tokenizer.patterns import BYTE_TOKENS, check_pattern, layout
 
 PathLike = str | os.PathLike[str]
 
@@ -50,7 +53,7 @@ class Options(TypedDict, total=False):
 @overload
 def train_bpe(
     files: PathLike | Iterable[PathLike],
-    vocab_size: int = 32_000,
+    vocab_size: SupportsIndex = 32_000,
     pattern: str = "llama3",
     special_tokens: Iterable[str] = (),
     min_frequency: int = 0,
@@ -71,7 +74,7 @@ def train_bpe(
 ) -> list[Tokenizer]: ...
 def train_bpe(
     files: PathLike | Iterable[PathLike],
-    vocab_size: int | Sequence[int] = 32_000,
+    vocab_size: SupportsIndex | Sequence[int] = 32_000,
     pattern: str = "llama3",
     special_tokens: Iterable[str] = (),
     min_frequency: int = 0,
@@ -105,7 +108,7 @@ def train_bpe(
 @overload
 def train_bpe_from_iterator(
     texts: Iterable[str],
-    vocab_size: int = 32_000,
+    vocab_size: SupportsIndex = 32_000,
     pattern: str = "llama3",
     special_tokens: Iterable[str] = (),
     min_frequency: int = 0,
@@ -124,7 +127,7 @@ def train_bpe_from_iterator(
 ) -> list[Tokenizer]: ...
 def train_bpe_from_iterator(
     texts: Iterable[str],
-    vocab_size: int | Sequence[int] = 32_000,
+    vocab_size: SupportsIndex | Sequence[int] = 32_000,
     pattern: str = "llama3",
     special_tokens: Iterable[str] = (),
     min_frequency: int = 0,
@@ -138,8 +141,8 @@ def train_bpe_from_iterator(
 
 @overload
 def train_bpe_from_counts(
-    counts: WordCounts,
-    vocab_size: int = 32_000,
+    counts: WordCounts | Counted,
+    vocab_size: SupportsIndex = 32_000,
     pattern: str = "llama3",
     special_tokens: Iterable[str] = (),
     min_frequency: int = 0,
@@ -148,7 +151,7 @@ def train_bpe_from_counts(
 ) -> Tokenizer: ...
 @overload
 def train_bpe_from_counts(
-    counts: WordCounts,
+    counts: WordCounts | Counted,
     vocab_size: Sequence[int],
     pattern: str = "llama3",
     special_tokens: Iterable[str] = (),
@@ -157,8 +160,8 @@ def train_bpe_from_counts(
     **options: Unpack[Options],
 ) -> list[Tokenizer]: ...
 def train_bpe_from_counts(
-    counts: WordCounts,
-    vocab_size: int | Sequence[int] = 32_000,
+    counts: WordCounts | Counted,
+    vocab_size: SupportsIndex | Sequence[int] = 32_000,
     pattern: str = "llama3",
     special_tokens: Iterable[str] = (),
     min_frequency: int = 0,
@@ -166,6 +169,10 @@ def train_bpe_from_counts(
     **options: Unpack[Options],
 ) -> Tokenizer | list[Tokenizer]:
     """As `train_bpe`, on words that were counted before, with this pattern: see `counts_file`."""
+    if isinstance(counts, Counted):
+        if counts.pattern != pattern:
+            raise ValueError(f"`pattern` must be {counts.pattern!r}, by which these words were cut; got {pattern!r}.")
+        counts = counts.words
     settings = Training(vocab_size, pattern, special_tokens, min_frequency, max_token_length, **options)
     return settings.train(counts)
 
@@ -175,7 +182,7 @@ class Training:
 
     def __init__(
         self,
-        vocab_size: int | Sequence[int],
+        vocab_size: SupportsIndex | Sequence[int],
         pattern: str,
         special_tokens: Iterable[str],
         min_frequency: int,
@@ -191,9 +198,17 @@ class Training:
     ):
         if isinstance(special_tokens, str):
             raise ValueError(f"`special_tokens` must be several texts; got the one text {special_tokens!r}.")
-        self.sizes = [vocab_size] if isinstance(vocab_size, int) else list(vocab_size)
-        self.several = not isinstance(vocab_size, int)
+        check_pattern(pattern)
+        self.several = isinstance(vocab_size, Iterable)
+        sizes: list[Any] = list(vocab_size) if isinstance(vocab_size, Iterable) else [vocab_size]
+        try:
+            self.sizes = [operator.index(size) for size in sizes]  # NumPy's integers too.
+        except TypeError as error:
+            raise ValueError(f"`vocab_size` must be an integer, or several; got {vocab_size!r}.") from error
         self.pattern, self.special_tokens = pattern, list(dict.fromkeys(special_tokens))
+        for token in self.special_tokens:
+            if not isinstance(token, str) or not token or not token.isascii() and _halved(token):
+                raise ValueError(f"`special_tokens` must be texts that are not empty; got {token!r} among them.")
         self.min_frequency, self.max_token_length = min_frequency, max_token_length
         self.affixes = {
             "continuing_subword_prefix": continuing_subword_prefix,
@@ -213,8 +228,8 @@ class Training:
         ):
             if value is not None and value < least:
                 raise ValueError(f"`{name}` must be at least {least}; got {value}.")
-        if "" in self.special_tokens:
-            raise ValueError("`special_tokens` must not have the empty text among them.")
+        if layout(pattern).metaspace and any(self.affixes.values()):
+            raise ValueError(f"Words of `metaspace` have a mark: prefix and suffix must be empty; got {self.affixes}.")
         if not self.sizes:
             raise ValueError("`vocab_size` must be a number, or at least one; got none.")
         check_memory(self.max_memory, max(self.sizes), threads)
@@ -246,6 +261,7 @@ class Training:
             return self._merge(counts)
 
     def _merge(self, counts: WordCounts) -> Merges:
+        _check_counts(counts)
         characters = layout(self.pattern).metaspace
         symbols = choose_symbols(
             counts,
@@ -291,3 +307,18 @@ class Training:
         texts = merges.tokens
         spelt = [(texts[left], texts[right]) for left, right in steps[:, :2].tolist()]
         return build_tokenizer(texts[:size], spelt, self.pattern, self.special_tokens, **self.affixes)
+
+
+def _halved(text: str) -> bool:
+    """Whether a text has half of a surrogate pair in it, which nothing can encode."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _check_counts(counts: WordCounts) -> None:
+    """Pairs are counted in 64 bits: all places of all words together must be fewer than 2**62."""
+    step, places = 1 << 20, 0.0
+    for start in range(0, len(counts), step):
+        lengths = np.diff(counts.offsets[start : start + step + 1]).astype(np.float64)
+        places += float(lengths @ counts.counts[start : start + step].astype(np.float64))
+    if places >= 2**62:
+        raise ValueError(f"`counts` must be of texts of fewer than 2**62 bytes; got about {places:.3g}.")

@@ -10,9 +10,9 @@ batches, both have been asked for before they are read.
 from typing import no_type_check
 
 import numpy as np
-from numba import njit
 
 from eqx_moe.tokenizer.counts import WordCounts
+from eqx_moe.tokenizer.kernel import kernel
 from eqx_moe.tokenizer.machine import byte_swap, copy, load64, prefetch, store64, trailing_zeros
 
 _SHORT = 16
@@ -37,7 +37,7 @@ _KEY, _NEXT, _MIXED, _START, _LENGTH, _AMOUNT = range(0, 6 * _BATCH, _BATCH)
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _bytes_as_word(text, start, stop):
     """Up to eight bytes as uint64, without looking past them."""
     value = _ZERO
@@ -47,7 +47,7 @@ def _bytes_as_word(text, start, stop):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _load(text, start, length):
     """The first two words of a piece."""
     if start + _SHORT <= len(text):
@@ -57,7 +57,7 @@ def _load(text, start, length):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _same(text, start, other, place, length):
     """Whether two words of a length above 8 are the same, when their first eight bytes are."""
     for k in range(8, length - 8, 8):
@@ -67,7 +67,7 @@ def _same(text, start, other, place, length):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _mix(text, start, length, first, second):
     """64 bits of hash, of which the upper ones are good."""
     mixed = (first ^ np.uint64(length) * _THIRD) * _FIRST
@@ -79,21 +79,21 @@ def _mix(text, start, length, first, second):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _shift(slots):
     """By how many bits to shift a hash for the slot where its word belongs."""
     return np.uint64(64 - trailing_zeros(np.uint64(len(slots))))
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _is_full(words, slots):
     """Whether one more word would make searches long."""
     return 8 * (words + 1) > 5 * slots
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _add_batch(text, number, batch, slots, records, arena, state):
     """Count the words of a batch; returns how many, fewer than `number` when there is no room for a new word."""
     shift = _shift(slots)
@@ -140,7 +140,7 @@ def _add_batch(text, number, batch, slots, records, arena, state):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def add_pieces(text, start, ends, number, slots, records, arena, state):
     """Count the pieces of a text that follow each other from `start` on, piece k ending at `ends[k]`.
 
@@ -171,7 +171,7 @@ def add_pieces(text, start, ends, number, slots, records, arena, state):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _add_table(more, more_arena, begin, stop, slots, records, arena, state):
     """Add the words in rows `begin` to `stop` of another table; returns the row at which it had to stop."""
     batch = np.empty(6 * _BATCH, np.uint64)
@@ -198,7 +198,7 @@ def _add_table(more, more_arena, begin, stop, slots, records, arena, state):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _place_again(old, new):
     """Put the entries of one array of slots into another."""
     shift = _HALF - np.uint64(trailing_zeros(np.uint64(len(new))))
@@ -211,7 +211,7 @@ def _place_again(old, new):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _sort_keys(records, keys):
     """The first eight bytes of each word as a number: its order is that of the bytes."""
     for word in range(len(keys)):
@@ -219,7 +219,7 @@ def _sort_keys(records, keys):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _eight(records, arena, word, length, k):
     """Bytes k to k + 8 of a word, as a number that orders as they do; zeros after its end."""
     if length <= _SHORT:
@@ -231,7 +231,7 @@ def _eight(records, arena, word, length, k):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _is_before(one, two, records, arena):
     """Whether one word comes before another whose first eight bytes are the same."""
     length, other = np.int64(records[4 * one + 6]), np.int64(records[4 * two + 6])
@@ -243,7 +243,7 @@ def _is_before(one, two, records, arena):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _sort_ties(order, keys, records, arena, spare):
     """Put words with the same first eight bytes in order: merge sort of each run of equal `keys[order]`."""
     begin = 0
@@ -270,7 +270,7 @@ def _sort_ties(order, keys, records, arena, spare):
 
 
 @no_type_check
-@njit(nogil=True, cache=True)
+@kernel
 def _write(order, records, arena, text, offsets, counts):
     """Write words, word k to `text[offsets[k] : offsets[k + 1]]`, and their counts. 16 bytes more are written to."""
     for k in range(len(order)):
