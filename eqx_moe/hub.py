@@ -209,7 +209,7 @@ def from_pretrained(
 
     Args:
         repo_or_folder: a local folder, or the name of a repo, "org/name".
-        dtype: "auto" keeps every tensor as it is stored, a float dtype or its name casts all, but those that the family
+        dtype: "auto" keeps every tensor as it is stored; a float dtype or its name casts all but those that the family
             keeps in float32; None is "auto" on an accelerator and float32 on a CPU.
         mesh: the devices to spread the weights over, see `eqx_moe.sharding`. The host holds a leaf at a time, and no
             device more than its parts. In a program of several processes all call this, each with the folder at hand.

@@ -16,6 +16,7 @@ import eqx_moe
 from eqx_moe.checkpoint import leaf_paths, open_weights, read_array
 from eqx_moe.checkpoint.quantised import decode_fp8, decode_mxfp4, decoded
 from eqx_moe.errors import CheckpointError
+from eqx_moe.nn.router import updated_selection_bias
 
 
 def fp8_by_loops(weight, scales):
@@ -112,12 +113,18 @@ def test_what_is_quantised_can_be_had_as_it_is(tmp_path):
     assert decode_fp8(codes, scales).tobytes() == plain[name].tobytes()
 
 
-def test_a_selection_bias_is_float32_however_it_is_stored(tmp_path):
+def test_a_selection_bias_stored_in_less(tmp_path):
+    """As it is stored, if nothing else is asked for; else, and once it is updated, in float32."""
     tensors, _ = quantised.write_deepseek(tmp_path)
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
-    write(tmp_path / SINGLE, tensors | {name: tensors[name].astype(BF16)})
-    bias = eqx_moe.from_pretrained(tmp_path, dtype="auto").layers[1].moe.router.selection_bias
-    assert bias.dtype == np.float32 and np.array_equal(bias, tensors[name].astype(BF16).astype(np.float32))
+    stored = tensors[name].astype(BF16)
+    write(tmp_path / SINGLE, tensors | {name: stored})
+    for dtype, expected in (("auto", BF16), ("bfloat16", np.float32), ("float32", np.float32)):
+        router = eqx_moe.from_pretrained(tmp_path, dtype=dtype).layers[1].moe.router
+        assert router.selection_bias.dtype == expected and np.array_equal(router.selection_bias, stored)
+        updated = updated_selection_bias(router.selection_bias, jax.numpy.arange(8), 1e-3)
+        assert updated.dtype == np.float32
+        np.testing.assert_allclose(np.abs(updated - stored.astype(np.float32)), 1e-3, atol=1e-6)
 
 
 def test_scales_that_do_not_belong_are_refused(tmp_path):

@@ -42,10 +42,11 @@ def weight_dtype(dtype: Any) -> np.dtype:
 
 
 def target_dtype(path: str, dtype: np.dtype, named: np.dtype | None, keep_fp32: tuple[str, ...]) -> np.dtype:
-    """What a leaf is cast to: float32 where a template of `keep_fp32` fits, else `named`; itself if none is named."""
-    if any(matcher(template).fullmatch(path) for template in keep_fp32):
-        return np.dtype(np.float32)
-    return dtype if named is None else named
+    """What a leaf is cast to: `named`, but float32 where a template of `keep_fp32` fits; itself if nothing is named."""
+    if named is None:
+        return dtype
+    kept = any(matcher(template).fullmatch(path) for template in keep_fp32)
+    return np.dtype(np.float32) if kept else named
 
 
 def cast(source: np.ndarray, target: np.ndarray) -> bool:

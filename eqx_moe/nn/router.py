@@ -78,13 +78,13 @@ class SigmoidTopKRouter(AbstractRouter):
     neighbours, those whose two best experts have the largest sum of score plus bias. With `normalise` the weights are
     divided by their sum plus 1e-20. They are multiplied by `scale` last.
 
-    `selection_bias` is float32 and balances the load (`updated_selection_bias`). It decides who is chosen and nothing
-    else, so that it has no gradient. Logits, scores and weights are float32, whatever the dtype of `x` and `weight`.
-    Equal scores: the lower expert wins.
+    `selection_bias` balances the load (`updated_selection_bias`); it is float32, but for checkpoints that hold it in
+    less and are loaded as they are. It decides who is chosen and nothing else, so that it has no gradient. Logits,
+    scores and weights are float32, whatever the dtype of `x` and `weight`. Equal scores: the lower expert wins.
     """
 
     weight: Float[Array, "experts hidden"]
-    selection_bias: Float32[Array, " experts"]
+    selection_bias: Float[Array, " experts"]
     k: int = eqx.field(static=True)
     groups: int = eqx.field(static=True)
     kept_groups: int = eqx.field(static=True)
@@ -128,7 +128,7 @@ class SigmoidTopKRouter(AbstractRouter):
 
 
 def updated_selection_bias(
-    bias: Float32[Array, " experts"], tokens_per_expert: Int[Array, " experts"], rate: float
+    bias: Float[Array, " experts"], tokens_per_expert: Int[Array, " experts"], rate: float
 ) -> Float32[Array, " experts"]:
     """The bias for the next step: `rate` more where an expert had less than the mean load of a step, less where more.
 
@@ -137,7 +137,7 @@ def updated_selection_bias(
     gradient: apply it beside the optimizer's update.
     """
     load = tokens_per_expert.astype(jnp.float32)
-    return bias + rate * jnp.sign(jnp.mean(load) - load)
+    return bias.astype(jnp.float32) + rate * jnp.sign(jnp.mean(load) - load)
 
 
 def _check(k: int, experts: int) -> None:

@@ -49,10 +49,10 @@ def merge_words(
     is taken besides `words`: where it does not suffice, words and places lie in mapped files without names, in the
     folder for temporary files. A bound that is too low for anything is refused.
     """
-    if len(symbols.tokens) >= vocab_size:
-        return Merges(list(symbols.tokens), len(symbols.tokens), np.zeros((0, 3), np.int32), np.zeros(0, np.int64))
     # Each merge leaves fewer symbols in the words: there are no more tokens than these allow.
     vocab_size = min(vocab_size, len(symbols.tokens) + len(words.text))
+    if len(symbols.tokens) >= vocab_size:
+        return Merges(list(symbols.tokens), len(symbols.tokens), np.zeros((0, 3), np.int32), np.zeros(0, np.int64))
     check_memory(max_memory, vocab_size, threads)
     spilled = max_memory is not None and max_memory < memory_needed(words, vocab_size, threads)
     folder = tempfile.gettempdir() if spilled else None
