@@ -66,11 +66,10 @@ def _verify(args: argparse.Namespace) -> None:
         checks = [_round_trip(source, packed, pathlib.Path(temporary) / "original")]
         # transformers on a CPU does not read every container, nor know every name of a family, but what came of it.
         data = read_json(args.source / "config.json")
-        quantised = data.get("quantization_config") is not None
-        known = data["model_type"] == family_of(source.config).model_type
-        theirs = _load_theirs(args.source if known and not quantised else packed)
+        as_it_is = data.get("quantization_config") is None and data["model_type"] == family_of(source.config).model_type
+        theirs = _load_theirs(args.source if as_it_is else packed)
         checks.append(_tensors("tensors, bit for bit", source, theirs))
-        if known and not quantised:
+        if as_it_is:
             checks.append(_tensors("tensors after converting, bit for bit", source, _load_theirs(packed)))
     theirs = theirs.float()
     ours = from_pretrained(args.source, dtype="float32")

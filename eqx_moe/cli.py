@@ -383,7 +383,6 @@ def _finetune(args: argparse.Namespace) -> None:
     texts = train.read_texts(args.data)
     # In float32 whatever is stored: small updates would be rounded away in 16 bits.
     model = from_pretrained(args.model, dtype="float32", revision=commit)
-    stored = model.config.dtype
     if args.router_aux_loss is not None:
         changed = dataclasses.replace(model.config, router_aux_loss_coef=args.router_aux_loss)
         model = dataclasses.replace(model, config=changed)
@@ -405,7 +404,7 @@ def _finetune(args: argparse.Namespace) -> None:
     first, last = sum(losses[:edge]) / edge, sum(losses[-edge:]) / edge
     print(f"loss {first:.4f} in the first {edge} of {args.steps} steps, {last:.4f} in the last {edge}")
     with nothing_half_made(target):
-        save_pretrained(model, target, tokenizer=tokenizer, dtype=stored)
+        save_pretrained(model, target, tokenizer=tokenizer, dtype=model.config.dtype)
     print(f"written to {target}")
 
 

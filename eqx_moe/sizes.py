@@ -1,6 +1,7 @@
-"""Sizes as people write them."""
+"""Sizes as people write them, and that of this machine."""
 
 import math
+import os
 import re
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -17,3 +18,8 @@ def parse_size(size: int | str, argument: str) -> int:
     if not number >= 1:
         raise ValueError(f'`{argument}` must be bytes, at least 1, or a text such as "5GB" or "2GiB"; got {size!r}.')
     return int(number)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -70,3 +70,33 @@ def hub(tmp_path, monkeypatch):
         yield hub
         close_session()
         assert not hub.leaks, "a token was sent to the storage"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> dict[str, bytes]:
+    """The files of a model in four shards."""
+    from downloading import files_of
+
+    return files_of(tmp_path_factory.mktemp("saved"), seed=3)
+
+
+@pytest.fixture
+def repo(hub, saved):
+    """The Hub, with that model in it."""
+    from downloading import REPO
+
+    hub.put(REPO, saved)
+    return hub
+
+
+@pytest.fixture(scope="module")
+def right(saved, tmp_path_factory) -> bytes:
+    """The weights of that model."""
+    from downloading import weights
+
+    import eqx_moe
+
+    folder = tmp_path_factory.mktemp("right")
+    for name, content in saved.items():
+        (folder / name).write_bytes(content)
+    return weights(eqx_moe.from_pretrained(folder))

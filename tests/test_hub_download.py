@@ -20,28 +20,6 @@ from eqx_moe.errors import CheckpointError
 from eqx_moe.push import push_folder
 from eqx_moe.remote import client, space
 
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> dict[str, bytes]:
-    """The files of a model in four shards."""
-    return files_of(tmp_path_factory.mktemp("saved"), seed=3)
-
-
-@pytest.fixture
-def repo(hub, saved):
-    """The Hub, with that model in it."""
-    hub.put(REPO, saved)
-    return hub
-
-
-@pytest.fixture(scope="module")
-def right(saved, tmp_path_factory) -> bytes:
-    folder = tmp_path_factory.mktemp("right")
-    for name, content in saved.items():
-        (folder / name).write_bytes(content)
-    return weights(eqx_moe.from_pretrained(folder))
-
-
 # --- What is asked for -----------------------------------------------------------------------------------------------
 
 

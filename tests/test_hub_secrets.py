@@ -5,7 +5,7 @@ import traceback
 import huggingface_hub
 import pytest
 import tiny
-from downloading import LARGE, REPO, files_of
+from downloading import LARGE, REPO
 from huggingface_hub.utils import httpx
 
 import eqx_moe
@@ -14,17 +14,6 @@ from eqx_moe.remote import client
 
 # Nothing in it says that it is one.
 TOKEN = "s3cretNonHf"
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> dict[str, bytes]:
-    return files_of(tmp_path_factory.mktemp("saved"), seed=3)
-
-
-@pytest.fixture
-def repo(hub, saved):
-    hub.put(REPO, saved)
-    return hub
 
 
 def shown(error: BaseException) -> str:

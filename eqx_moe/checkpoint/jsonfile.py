@@ -28,9 +28,8 @@ _LONG = re.compile(rb"[0-9]{21}")
 _MAX_DIGITS_OF_TOKENIZERS = 309
 # What Python makes of a text is up to fifty times as large. These keep it below 100 MB, and leave 100,000 tensors.
 _MAX_KEYS, _MAX_VALUES = 400_000, 1_000_000
-_MAX_WIDE = (
-    4_000_000  # bytes of a text that is not all ASCII, or has escapes: one wide character makes all four times as wide
-)
+# Bytes of a text that is not all ASCII, or has escapes: one wide character makes all of them four times as wide.
+_MAX_WIDE = 4_000_000
 
 
 class JSONProblem(ValueError):

@@ -17,6 +17,7 @@ from eqx_moe.checkpoint.files import exists, listing, open_plain, plain_name
 from eqx_moe.checkpoint.header import Entry, read_header
 from eqx_moe.checkpoint.jsonfile import read_json
 from eqx_moe.errors import CheckpointError, quote
+from eqx_moe.sizes import cores
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -35,8 +36,7 @@ def threads() -> int:
     """How many may read or write at a time. One core copies no faster than it is handed memory pages, so more help."""
     if not hasattr(os, "preadv"):
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(_MAX_THREADS, cores)
+    return min(_MAX_THREADS, cores())
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 _PATTERN = "gpt2, llama3, qwen2, o200k, deepseek_v3, metaspace, or a regular expression (llama3)"
 _DEFAULT = "llama3"
-_FILES = "text in UTF-8, also as .gz or .zst; each file is a document"
+_FILES = "text in UTF-8, also as .gz or .zst; a file is a document"
 _GROUP = 1 << 30  # Bytes of files that are counted together; then their counts are saved.
 
 
@@ -37,9 +37,7 @@ def add_commands(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> 
             "eqx-moe tokenizer train --from-counts all.counts --vocab-size 16000 32000 64000 --out tokenizer.json",
         ],
     )
-    train.add_argument(
-        "files", nargs="+", metavar="FILE", help="text in UTF-8, also as .gz or .zst; a file is a document"
-    )
+    train.add_argument("files", nargs="+", metavar="FILE", help=_FILES)
     train.add_argument("--out", required=True, type=pathlib.Path, help="a file ending in .json, or a folder")
     train.add_argument(
         "--vocab-size",
@@ -74,9 +72,7 @@ def add_commands(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> 
         "on from the files that are counted.",
         ["eqx-moe tokenizer count part-00*.txt --pattern llama3 --out part-00.counts"],
     )
-    count.add_argument(
-        "files", nargs="+", metavar="FILE", help="text in UTF-8, also as .gz or .zst; a file is a document"
-    )
+    count.add_argument("files", nargs="+", metavar="FILE", help=_FILES)
     count.add_argument("--out", required=True, type=pathlib.Path, metavar="FILE", help="the counts")
     _add_cutting(count)
 
@@ -103,6 +99,7 @@ def _train(args: argparse.Namespace) -> None:
     from eqx_moe.tokenizer.export import check_out, save_tokenizer
     from eqx_moe.tokenizer.report import as_page, as_terminal, make_report
     from eqx_moe.tokenizer.train import Training
+    from eqx_moe.tokenizer.whole import whole_file
 
     outs = _outs(args.out, args.vocab_size)
     _check_files(args, outs)
@@ -137,7 +134,8 @@ def _train(args: argparse.Namespace) -> None:
             if args.report == "-":
                 print(as_terminal(report), end="")
             else:
-                pathlib.Path(args.report).write_text(as_page(report), encoding="utf-8")
+                with whole_file(args.report) as file:
+                    file.write(as_page(report).encode())
 
 
 def _count(args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import normalizers, pre_tokenizers
 from tqdm import tqdm
 
-from eqx_moe.sizes import parse_size
+from eqx_moe.sizes import cores, parse_size
 from eqx_moe.tokenizer.composed import is_composed
 from eqx_moe.tokenizer.counts import WordCounts
 from eqx_moe.tokenizer.cutting import cut_table
@@ -119,8 +119,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(threads: int | None, max_memory: int | str | None) -> _Plan:
-    if threads is None:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = cores() if threads is None else threads
     if threads < 1:
         raise ValueError(f"`threads` must be at least 1; got {threads=}.")
     if max_memory is None:

@@ -1,6 +1,5 @@
 """Counts as files: what one machine counted, to be added to what others have. The layout: docs/counts-format.md."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ import numpy as np
 from eqx_moe.errors import DataError, quote
 from eqx_moe.tokenizer.counts import WordCounts, large_array, read_only
 from eqx_moe.tokenizer.kernel import kernel
+from eqx_moe.tokenizer.whole import whole_file
 
 MAGIC = b"EQXCOUNT"
 VERSION = 1
@@ -48,22 +48,13 @@ def write_counts(path: PathLike, counted: Counted) -> None:
         words.text,
     ]
     digest = hashlib.sha256()
-    target = pathlib.Path(path)
-    with tempfile.NamedTemporaryFile(dir=target.absolute().parent, prefix=f".{target.name}.", delete=False) as file:
-        try:
-            for part in parts:
-                data = np.ascontiguousarray(part).view(np.uint8).data
-                for start in range(0, len(data), _CHUNK):
-                    digest.update(data[start : start + _CHUNK])
-                    file.write(data[start : start + _CHUNK])
-            file.write(digest.digest())
-            file.close()
-            os.chmod(file.name, 0o666 & ~_umask())
-            os.replace(file.name, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(file.name)
-            raise
+    with whole_file(path) as file:
+        for part in parts:
+            data = np.ascontiguousarray(part).view(np.uint8).data
+            for start in range(0, len(data), _CHUNK):
+                digest.update(data[start : start + _CHUNK])
+                file.write(data[start : start + _CHUNK])
+        file.write(digest.digest())
 
 
 def read_counts(path: PathLike) -> Counted:
@@ -133,12 +124,6 @@ def _about(name: str, text: bytes) -> dict:
 
 def _error(code: str, file: str, expected: str, found: str, fix: str) -> DataError:
     return DataError(code=code, doing="reading counts", file=file, expected=expected, found=found, fix=fix)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @no_type_check

@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from eqx_moe.tokenizer.patterns import layout, pipeline
+from eqx_moe.tokenizer.whole import whole_file
 
 _UNKNOWN = "<unk>"
 
@@ -98,10 +99,5 @@ def check_out(out: pathlib.Path, *beside: str | None) -> None:
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-    """Wholly or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8", newline="")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(text.encode())

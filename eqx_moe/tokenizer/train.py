@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from eqx_moe.sizes import parse_size
+from eqx_moe.sizes import cores, parse_size
 from eqx_moe.tokenizer.alphabet import byte_characters, choose_symbols
 from eqx_moe.tokenizer.count import count_files, count_texts
 from eqx_moe.tokenizer.counts import WordCounts
@@ -216,8 +216,7 @@ class Training:
         }
         self.initial_alphabet = None if initial_alphabet is None else list(initial_alphabet)
         self.limit_alphabet = limit_alphabet
-        if threads is None:
-            threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = cores() if threads is None else threads
         self.threads, self.progress = threads, progress
         self.max_memory = None if max_memory is None else parse_size(max_memory, "max_memory")
         for name, value, least in (
