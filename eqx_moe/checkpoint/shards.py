@@ -169,10 +169,13 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str] | None:
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str):
             refuse("IDX-MAP", tensor, "the name of a file", quote(shard), again)
+    # A hundred thousand tensors lie in a few files: what is asked of a file is asked once.
+    shards = {shard: tensor for tensor, shard in reversed(weight_map.items())}
+    for shard, tensor in reversed(shards.items()):
         if not plain_name(shard) or not shard.endswith(".safetensors"):
             expected = "the name of a .safetensors file in the same folder, without a path"
             refuse("IDX-PATH", tensor, expected, quote(shard), again)
-    absent = sorted({shard for shard in weight_map.values() if not exists(folder / shard)})
+    absent = sorted(shard for shard in shards if not exists(folder / shard))
     if absent:
         found = f"{', '.join(map(quote, absent[:10]))} missing, {len(absent)} in all; there are: {listing(folder)}"
         refuse("IDX-SHARD", absent[0], "every shard that the index lists", found, "download the missing shards")
