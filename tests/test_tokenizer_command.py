@@ -2,16 +2,14 @@
 
 import json
 import re
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from tokenizers import Tokenizer
 
 from eqx_moe.cli import main
-from eqx_moe.tokenizer import command, train_bpe
+from eqx_moe.tokenizer import train_bpe
 
 SHORT = "It's 1234 o'clock! Naïve café, 日本語の文章です。\nHe said: 'We'll see'\r\n" * 5
 
@@ -170,78 +168,6 @@ def test_longest_tokens_have_no_byte_tokens(run, files, tmp_path):
     _, said, _ = run("train", files[0], *options, "--out", tmp_path / "t.json")
     longest = said.split("longest tokens, in bytes\n")[1].splitlines()
     assert len(longest) == 20 and not [line for line in longest if "<0x" in line or "<unk>" in line]
-
-
-# --- Interruptions ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stop_at", [0, 1, 2])
-def test_what_is_counted_is_not_counted_again(run, files, tmp_path, monkeypatch, stop_at):
-    from eqx_moe.tokenizer import count
-
-    monkeypatch.setattr(command, "_GROUP", 1)  # Each file is a group.
-    really, asked = count.count_files, []
-
-    def count_files(paths, *args, **options):
-        if len(asked) == stop_at:
-            raise KeyboardInterrupt
-        asked.append([str(path) for path in paths])
-        return really(paths, *args, **options)
-
-    monkeypatch.setattr(count, "count_files", count_files)
-    arguments = ["train", *files, "--vocab-size", 300, "--out", tmp_path / "t.json"]
-    status, out, err = run(*arguments)
-    assert (status, out) == (130, "") and ("goes on" in err) == (stop_at > 0)
-    stop_at = 10
-    status, _, err = run(*arguments)
-    assert status == 0 and asked == [[str(file)] for file in files]
-    assert (tmp_path / "t.json").read_text() and not (tmp_path / "t.json.unfinished").exists()
-    assert Tokenizer.from_file(str(tmp_path / "t.json")).to_str() == train_bpe(files, 300).to_str()
-
-
-def test_a_file_that_changed_is_counted_again(run, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "_GROUP", 1)
-    from eqx_moe.tokenizer import train
-
-    arguments = ["train", *files, "--vocab-size", 300, "--out", tmp_path / "t.json"]
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Training, "merge", lambda self, words: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert run(*arguments)[0] == 130
-    assert len(names(tmp_path / "t.json.unfinished")) == 3
-    files[1].write_text("wholly other words " * 9)
-    (saved, *_) = (tmp_path / "t.json.unfinished").iterdir()
-    saved.write_bytes(saved.read_bytes()[:-1])  # And one that was cut off.
-    status, _, err = run(*arguments)
-    assert status == 0 and " of 3 files were counted before" in err
-    assert Tokenizer.from_file(str(tmp_path / "t.json")).to_str() == train_bpe(files, 300).to_str()
-
-
-def test_an_error_says_that_counts_are_kept(run, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "_GROUP", 1)
-    files[2].write_bytes(b"abc\xff")
-    arguments = ["train", *files, "--vocab-size", 300, "--out", tmp_path / "t.json"]
-    status, _, err = run(*arguments)
-    assert status == 1 and "DATA-UTF8" in err and "t.json.unfinished" in err and "goes on" in err
-    assert "Traceback" not in err and len(err) < 1000
-    files[2].write_text(SHORT)
-    status, _, err = run(*arguments)
-    assert status == 0 and "2 of 3 files were counted before" in err
-
-
-@pytest.mark.parametrize("after", [0.4, pytest.param(0.9, marks=pytest.mark.full)])
-def test_ctrl_c_at_some_moment(files, tmp_path, after):
-    """A real signal, wherever it hits: nothing half-written, and the next run gives the whole result."""
-    files[0].write_text(SHORT * 20_000)
-    out = tmp_path / "t.json"
-    line = [sys.executable, "-m", "eqx_moe.cli", "tokenizer", "train", *files, "--vocab-size", "300", "--out", out]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(after)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode in (0, 130, -signal.SIGINT), err
-    assert set(names(tmp_path)) <= {"a.txt", "b.txt", "c.txt", "t.json.unfinished", "t.json"}
-    assert subprocess.run(line, capture_output=True).returncode == 0
-    assert Tokenizer.from_file(str(out)).to_str() == train_bpe(files, 300).to_str()
 
 
 # --- Failing ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from eqx_moe.errors import DataError
 from eqx_moe.tokenizer import train_bpe, train_bpe_from_counts, train_bpe_from_iterator
 from eqx_moe.tokenizer.count import count_texts
-from eqx_moe.tokenizer.counts_file import Counted, add_counts
+from eqx_moe.tokenizer.counts_file import Counted, add_counts, merge_counts, read_counts, write_counts
 from eqx_moe.tokenizer.export import save_tokenizer
 from eqx_moe.tokenizer.patterns import BYTE_TOKENS, LAYOUTS, pipeline
 
@@ -135,11 +135,29 @@ def test_the_result_of_no_text():
     assert train_bpe_from_iterator(["x"], 300).get_vocab_size() == 256
 
 
-def test_more_pairs_than_32_bits_count():
-    """Hugging Face's trainer counts pairs in 32 bits: from 2**31 on it merges nothing."""
-    counts = bpe.word_counts({"ab": 3 * 2**31, "bc": 2**31 + 1, "cd": 5})
-    vocab, merges = model(train_bpe_from_counts(counts, 300, "gpt2", min_frequency=2**31))
+def test_more_pairs_than_32_bits_count(tmp_path):
+    """Through counts files, that add up to more than each holds."""
+    parts = [{"ab": 2**31, "bc": 2**31 + 1}, {"ab": 2**32, "cd": 5}]
+    for name, words in zip("pq", parts, strict=True):
+        write_counts(tmp_path / name, Counted(bpe.word_counts(words), "gpt2", False))
+    counted = merge_counts([tmp_path / "p", tmp_path / "q"], tmp_path / "sum")
+    vocab, merges = model(train_bpe_from_counts(counted, 300, "gpt2", min_frequency=2**31))
     assert merges == [["a", "b"], ["b", "c"]] and len(vocab) == 258
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("copies", "fails"), [(2**18 - 64, False), (2**18 + 64, True)])
+def test_hugging_face_counts_in_32_bits(copies, fails, tmp_path):
+    """A word with 2**13 equal pairs, so often that they are more than 2**31: their trainer merges nothing any more."""
+    word = "ab" * 2**13
+    theirs = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=9, show_progress=False)
+    theirs.train_from_iterator((word for _ in range(copies)), trainer)
+    write_counts(tmp_path / "counts", Counted(bpe.word_counts({word: copies}), "gpt2", False))
+    ours = train_bpe_from_counts(read_counts(tmp_path / "counts"), 256 + 7, "gpt2")
+    doubled = [["ab" * 2**k] * 2 for k in range(6)]
+    assert model(ours)[1] == [["a", "b"], *doubled]
+    assert model(theirs)[1] == ([] if fails else model(ours)[1])
 
 
 @pytest.mark.parametrize(

@@ -3,20 +3,15 @@
 # What trains is imported by the commands, not here: `--help` and wrong usage answer at once.
 import argparse
 import contextlib
-import hashlib
-import json
 import os
 import pathlib
-import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _PATTERN = "gpt2, llama3, qwen2, o200k, deepseek_v3, metaspace, or a regular expression (llama3)"
 _DEFAULT = "llama3"
 _FILES = "text in UTF-8, also as .gz or .zst; a file is a document"
-_GROUP = 1 << 30  # Bytes of files that are counted together; then their counts are saved.
 
 
 def add_commands(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -122,7 +117,7 @@ def _train(args: argparse.Namespace) -> None:
             folder = tempfile.gettempdir() if args.max_memory else None
             words = add_counts([part.words for part in counted], folder)
         else:
-            words = stack.enter_context(_resumable(args, pattern))
+            words = stack.enter_context(_counted(args, pattern))
         merges = training.merge(words)
         for out, tokenizer in zip(outs, training.tokenizers(merges), strict=True):
             save_tokenizer(tokenizer, out, chat_template=template, **named)
@@ -144,9 +139,18 @@ def _count(args: argparse.Namespace) -> None:
     _check_writable(args.out)
     _refuse_input("--out", args.out, args.files)
     pattern = args.pattern or _DEFAULT
-    with _resumable(args, pattern) as words:
+    with _counted(args, pattern) as words:
         write_counts(args.out, Counted(words, pattern, args.lines))
     print(f"{len(words):,} different words, {int(words.counts.sum()):,} in all: {args.out}")
+
+
+def _counted(args: argparse.Namespace, pattern: str) -> contextlib.AbstractContextManager[Any]:
+    """The counts of the files, which an interruption does not lose."""
+    from eqx_moe.tokenizer.resuming import counted_files
+
+    return counted_files(
+        args.files, pattern, out=args.out, lines=args.lines, threads=args.threads, max_memory=args.max_memory
+    )
 
 
 def _merge_counts(args: argparse.Namespace) -> None:
@@ -208,67 +212,3 @@ def _refuse_input(option: str, out: pathlib.Path, files: Sequence[str | pathlib.
     """Refuses to write over a file that is read, whatever it is called there."""
     if out.exists() and any(os.path.exists(file) and os.path.samefile(out, file) for file in files):
         raise ValueError(f"{option} must not be a file that is read; got {str(out)!r}, which would be lost.")
-
-
-# --- Going on after an interruption ----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _resumable(args: argparse.Namespace, pattern: str) -> Iterator[Any]:
-    """Counts files group by group, each group's counts saved beside `out` until the block has ended well.
-
-    What an earlier run has saved is used if it was of the same files, pattern and lines.
-    """
-    from eqx_moe.errors import DataError
-    from eqx_moe.tokenizer.count import count_files
-    from eqx_moe.tokenizer.counts_file import Counted, add_counts, read_counts, write_counts
-
-    files, lines = args.files, args.lines
-    state = args.out.with_name(f"{args.out.name}.unfinished")
-    parts, known = [], 0
-    try:
-        for group in _groups(files):
-            name = hashlib.sha256(json.dumps([*map(_facts, group), pattern, lines]).encode()).hexdigest()[:24]
-            saved = state / f"{name}.counts"
-            if saved.exists():
-                with contextlib.suppress(DataError):  # Half a file, of a machine that lost its power: counted again.
-                    parts.append(read_counts(saved).words)
-                    known += len(group)
-                    continue
-            words = count_files(group, pattern, lines=lines, threads=args.threads, max_memory=args.max_memory)
-            state.mkdir(exist_ok=True)
-            write_counts(saved, Counted(words, pattern, lines))
-            parts.append(read_counts(saved).words)  # Which stay in the file.
-        if known:
-            print(f"{known} of {len(files)} files were counted before: {state}", file=sys.stderr)
-        yield add_counts(parts, state)
-    except BaseException as error:
-        if any(state.glob("*.counts")):
-            start = "\n" if isinstance(error, KeyboardInterrupt) else ""  # Behind the terminal's ^C.
-            same = "with the same files, --pattern, --lines and --out, training or counting goes on from it"
-            print(f"{start}what is counted is kept in {state}: {same}", file=sys.stderr)
-        raise
-    shutil.rmtree(state, ignore_errors=True)
-
-
-def _facts(file: str) -> tuple[str, int, int] | None:
-    """Path, size and time: a file that was changed is another one. None if counting will say what is wrong."""
-    try:
-        found = os.stat(file)
-    except OSError:
-        return None
-    return os.path.abspath(file), found.st_size, found.st_mtime_ns
-
-
-def _groups(files: Sequence[str]) -> Iterator[list[str]]:
-    """Consecutive files of about `_GROUP` bytes together."""
-    group, size = [], 0
-    for file in files:
-        group.append(file)
-        with contextlib.suppress(OSError):  # Counting says better what is wrong.
-            size += os.path.getsize(file)
-        if size >= _GROUP:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group

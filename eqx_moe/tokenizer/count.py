@@ -1,12 +1,13 @@
 """Text to words and counts, on every core."""
 
+import collections
 import concurrent.futures
 import contextlib
 import functools
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -40,6 +41,18 @@ _NFC = normalizers.NFC()
 _LINES = 1 << 10
 
 
+class Place(NamedTuple):
+    """How far files are counted: to which byte of the text of which file (0 is the first), and how many bytes of all
+    files that are, compressed as they may be."""
+
+    file: int = 0
+    byte: int = 0
+    done: int = 0
+
+
+START = Place()
+
+
 def count_files(
     paths: Iterable[PathLike],
     pattern: str,
@@ -70,10 +83,48 @@ def count_files(
         ValueError: for a `max_memory` that does not suffice, with one that does.
     """
     paths = [os.fspath(path) for path in paths]
-    counter = _counter(pattern, lines)
-    size, plan = files_size(paths), _plan(threads, max_memory)
-    chunks = (chunk for path in paths for chunk in file_chunks(path, plan.chunk, counter.table, lines))
-    return _count(chunks, counter, plan, progress, size)
+    counter, size, plan = _counter(pattern, lines), files_size(paths), _plan(threads, max_memory)
+    with _shown(progress, size, 0) as show:
+        return _count(_chunks(paths, plan, counter, lines), counter, plan, show).words
+
+
+def count_parts(
+    paths: Sequence[PathLike],
+    pattern: str,
+    *,
+    every: int,
+    start: Place = START,
+    lines: bool = False,
+    threads: int | None = None,
+    max_memory: int | str | None = None,
+    progress: bool | Callable[[int, int | None], None] = True,
+) -> Iterator[tuple[Place, WordCounts]]:
+    """As `count_files`, a part after the other: the words of about `every` bytes, and how far that goes.
+
+    From there, the same files can be counted on. A `KeyboardInterrupt` is raised after the part that it has ended.
+    """
+    counter, size, plan = _counter(pattern, lines), files_size(paths), _plan(threads, max_memory)
+    chunks = _chunks(paths, plan, counter, lines, start)
+    with _shown(progress, size, start.done) as show:
+        while True:
+            part = _count(chunks, counter, plan, show, start, every)
+            if part.place != start:
+                yield part.place, part.words
+            if part.interrupt is not None:
+                raise part.interrupt
+            if part.place == start:
+                return
+            start = part.place
+
+
+def _chunks(
+    paths: Sequence[PathLike], plan: "_Plan", counter: "_Counter", lines: bool, start: Place = START
+) -> Iterator[tuple[int, Chunk]]:
+    """The chunks of files from a place on, each with the number of its file."""
+    for file in range(start.file, len(paths)):
+        byte = start.byte if file == start.file else 0
+        for chunk in file_chunks(paths[file], plan.chunk, counter.table, lines, byte):
+            yield file, chunk
 
 
 def count_texts(
@@ -91,8 +142,9 @@ def count_texts(
     """
     if isinstance(texts, str):
         raise ValueError("`texts` must be an iterable of texts; got one text. Put it into a list.")
-    plan = _plan(threads, max_memory)
-    return _count(text_chunks(texts, plan.chunk), _counter(pattern, False), plan, progress, None)
+    counter, plan = _counter(pattern, False), _plan(threads, max_memory)
+    with _shown(progress, None, 0) as show:
+        return _count(((0, chunk) for chunk in text_chunks(texts, plan.chunk)), counter, plan, show).words
 
 
 class _Counter(NamedTuple):
@@ -196,47 +248,77 @@ class _Tables:
         return largest.written(largest.sorted_order())
 
 
+class _Part(NamedTuple):
+    """Words, how far they were counted, and why no farther, unless that is where the part or the text ends."""
+
+    words: WordCounts
+    place: Place
+    interrupt: KeyboardInterrupt | None
+
+
 def _count(
-    chunks: Iterator[Chunk],
+    chunks: Iterator[tuple[int, Chunk]],
     counter: _Counter,
     plan: _Plan,
-    progress: bool | Callable[[int, int | None], None],
-    size: int | None,
-) -> WordCounts:
-    def work(chunk: Chunk) -> int:
-        tables.check(chunk)
-        with tables.one() as words:
-            counter.count(chunk, words, tables.make_room)
-        chunk.release()
-        return chunk.size
+    show: Callable[[int], None],
+    start: Place = START,
+    every: int | None = None,
+) -> _Part:
+    """Count chunks, of which each has the number of its file; those of about `every` bytes, or all."""
+    places, counted, failures = [start], [], []
 
-    done = 0
-    with announced(), _Tables(plan) as tables, _shown(progress, size) as show:
-        with concurrent.futures.ThreadPoolExecutor(plan.threads) as pool:
-            waiting: list[concurrent.futures.Future[int]] = []
-            try:
-                for chunk in chunks:
-                    waiting.append(pool.submit(work, chunk))
-                    # In order, so that the first of several errors is always the same one.
-                    while len(waiting) > plan.threads + 1 or (waiting and waiting[0].done()):
-                        done += waiting.pop(0).result()
-                        show(done)
-                while waiting:
-                    done += waiting.pop(0).result()
-                    show(done)
-            finally:
-                for future in waiting:
-                    future.cancel()
-        return tables.total()
+    def work(chunk: Chunk):
+        try:
+            tables.check(chunk)
+            with tables.one() as words:
+                counter.count(chunk, words, tables.make_room)
+            chunk.release()
+            counted.append(chunk.size)
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    interrupt = None
+    with announced(), _Tables(plan) as tables:
+        pool = concurrent.futures.ThreadPoolExecutor(plan.threads)
+        waiting: collections.deque[concurrent.futures.Future[None]] = collections.deque()
+        try:
+            for file, chunk in chunks:
+                places.append(Place(file, chunk.end, places[-1].done + chunk.size))
+                waiting.append(pool.submit(work, chunk))
+                # In order, so that the first of several errors is always the same one.
+                while len(waiting) > plan.threads + 1 or (waiting and waiting[0].done()):
+                    waiting.popleft().result()
+                    show(places[-1 - len(waiting)].done)
+                if every is not None and places[-1].done - start.done >= every:
+                    break
+            while waiting:
+                waiting.popleft().result()
+                show(places[-1 - len(waiting)].done)
+        except KeyboardInterrupt as error:
+            if every is None:
+                raise
+            interrupt = error
+        finally:
+            pool.shutdown(cancel_futures=True)
+        if failures:  # Half a chunk is in the tables.
+            raise failures[0]
+        # Chunks are begun in their order, and what is begun is ended: those that are counted are the first ones.
+        return _Part(tables.total(), places[len(counted)], interrupt)
 
 
 @contextlib.contextmanager
-def _shown(progress: bool | Callable[[int, int | None], None], size: int | None) -> Iterator[Callable[[int], None]]:
-    """A function that shows how many bytes are done."""
+def _shown(
+    progress: bool | Callable[[int, int | None], None], size: int | None, start: int
+) -> Iterator[Callable[[int], None]]:
+    """A function that shows how many bytes are done; `start` were so before."""
     if not isinstance(progress, bool):
         yield lambda done: progress(done, size)
         return
-    bar = tqdm(total=size, desc="counting", unit="B", unit_scale=True, delay=1, disable=None if progress else True)
+    bar = tqdm(
+        total=size, initial=start, desc="counting", unit="B", unit_scale=True, delay=1,
+        disable=None if progress else True,
+    )  # fmt: skip
     with bar:
 
         def show(done: int):

@@ -43,6 +43,11 @@ class Chunk:
     origin: int = 0
     mapped: mmap.mmap | None = None
 
+    @property
+    def end(self) -> int:
+        """Where the chunk ends in its file's text."""
+        return self.origin + int(self.bounds[-1])
+
     def release(self):
         """Let go of the memory that holds the chunk, if it is mapped: it would be counted as this process's."""
         if self.mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
@@ -92,18 +97,19 @@ def _refuse_unreadable(path: PathLike, error: Exception) -> NoReturn:
     ) from error
 
 
-def file_chunks(path: PathLike, size: int, table: np.ndarray | None, by_line: bool) -> Iterator[Chunk]:
+def file_chunks(path: PathLike, size: int, table: np.ndarray | None, by_line: bool, start: int = 0) -> Iterator[Chunk]:
     """The chunks of a file, which is one document, or as many as it has lines; of `size` bytes, or a little more.
 
-    `table` says where it may be cut (`cutting.cut_table`); if it is None, only lines are cut from each other.
+    `table` says where it may be cut (`cutting.cut_table`); if it is None, only lines are cut from each other. `start`:
+    from which byte of the text on, 0 or the end of such a chunk.
     """
     suffix = pathlib.Path(path).suffix
     if suffix == ".gz":
-        yield from _unpacked_chunks(path, size, lambda file: gzip.GzipFile(fileobj=file), table, by_line)
+        yield from _unpacked_chunks(path, size, lambda file: gzip.GzipFile(fileobj=file), table, by_line, start)
     elif suffix == ".zst":
-        yield from _unpacked_chunks(path, size, _zstd_reader(path), table, by_line)
+        yield from _unpacked_chunks(path, size, _zstd_reader(path), table, by_line, start)
     else:
-        yield from _mapped_chunks(path, size, table, by_line)
+        yield from _mapped_chunks(path, size, table, by_line, start)
 
 
 def _cut(text: np.ndarray, start: int, target: int, table: np.ndarray | None, by_line: bool) -> int:
@@ -116,7 +122,7 @@ def _cut(text: np.ndarray, start: int, target: int, table: np.ndarray | None, by
     return end
 
 
-def _mapped_chunks(path: PathLike, size: int, table: np.ndarray | None, by_line: bool) -> Iterator[Chunk]:
+def _mapped_chunks(path: PathLike, size: int, table: np.ndarray | None, by_line: bool, begin: int) -> Iterator[Chunk]:
     try:
         with open(path, "rb") as file:
             if not os.fstat(file.fileno()).st_size:
@@ -125,7 +131,6 @@ def _mapped_chunks(path: PathLike, size: int, table: np.ndarray | None, by_line:
     except OSError as error:
         _refuse_unreadable(path, error)
     text = np.frombuffer(mapped, np.uint8)
-    begin = 0
     while begin < len(text):
         end = len(text)
         if end - begin > size:
@@ -175,12 +180,20 @@ class _ZstdReader:
 
 
 def _unpacked_chunks(
-    path: PathLike, size: int, open_reader: Callable[[BinaryIO], Any], table: np.ndarray | None, by_line: bool
+    path: PathLike,
+    size: int,
+    open_reader: Callable[[BinaryIO], Any],
+    table: np.ndarray | None,
+    by_line: bool,
+    start: int,
 ) -> Iterator[Chunk]:
-    rest, origin, before, starts = b"", 0, 0, True
+    rest, origin, starts = b"", 0, True
     try:
         with open(path, "rb") as packed, open_reader(packed) as reader:
-            wanted = size
+            while origin < start and (passed := reader.read(size)):
+                count = min(len(passed), start - origin)
+                rest, starts, origin = passed[count:], by_line and passed[count - 1] == ord("\n"), origin + count
+            before, wanted = packed.tell(), size
             while True:
                 more = reader.read(wanted)
                 text = np.frombuffer(rest + more, np.uint8)
