@@ -1,6 +1,7 @@
 """Words to train on, and Hugging Face's trainer to compare with."""
 
 import json
+import pathlib
 
 import numpy as np
 from hypothesis import strategies as st
@@ -61,3 +62,14 @@ def word_counts(words: dict[str, int]) -> WordCounts:
     offsets = np.cumsum([0, *(len(word) for word, _ in ordered)], dtype=np.int64)
     text = np.frombuffer(b"".join(word for word, _ in ordered), np.uint8)
     return WordCounts(text, offsets, np.array([count for _, count in ordered], np.int64))
+
+
+def write_rare_words(path: pathlib.Path, words: int) -> None:
+    """A text in which so many words occur twice, with common ones between them: a hundred bytes for each."""
+    letters = str.maketrans("0123456789", "ghijklmnop")
+    with path.open("w") as file:
+        for start in range(0, words, 100_000):
+            rare = (f"{number * 2654435761 % 2**32:x}".translate(letters) for number in range(start, start + 100_000))
+            file.writelines(
+                f"the quick brown fox jumps over {word} and the lazy dog sleeps on. {word}\n" for word in rare
+            )

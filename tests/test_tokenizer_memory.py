@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import bpe
 import numpy as np
 import pytest
 
@@ -58,3 +59,16 @@ def test_max_memory_bounds_training(size, tmp_path):
     free, expected = train(tmp_path / "words.txt")
     assert digest == expected
     assert free > 150_000_000, "a text that fits proves nothing"
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="RssAnon stands in Linux's /proc")
+def test_max_memory_bounds_training_on_two_gigabytes(tmp_path):
+    """20 million different words."""
+    bpe.write_rare_words(tmp_path / "words.txt", 20_000_000)
+    peak, digest = train(tmp_path / "words.txt", "200MB")
+    print(f"{peak / 1e6:.0f} MB")
+    assert peak < 200_000_000
+    free, expected = train(tmp_path / "words.txt")
+    print(f"{free / 1e6:.0f} MB without a bound")
+    assert digest == expected

@@ -4,6 +4,7 @@ import gzip
 import subprocess
 import sys
 
+import bpe
 import numpy as np
 import pytest
 
@@ -120,13 +121,7 @@ print(highest - before, len(counts), int(counts.counts.sum()))
 )
 def test_the_bound_holds(words, bound, tmp_path, root):
     """All words are different: without a bound, they would take some 100 bytes each, 2 GB for the larger number."""
-    with (tmp_path / "a.txt").open("w") as file:
-        for start in range(0, words, 100_000):
-            # A hundred bytes for each, as in text: common words between the rare ones.
-            rare = (f"{number * 2654435761 % 2**32:x}".translate(_LETTERS) for number in range(start, start + 100_000))
-            file.write(
-                "".join(f"the quick brown fox jumps over {word} and the lazy dog sleeps on. {word}\n" for word in rare)
-            )
+    bpe.write_rare_words(tmp_path / "a.txt", words)
     # The kernels are compiled, if they are, elsewhere.
     count_texts(["a"], "gpt2", max_memory="100MB")
     command = [sys.executable, "-c", _MEASURED, str(tmp_path / "a.txt"), str(bound)]
@@ -134,6 +129,3 @@ def test_the_bound_holds(words, bound, tmp_path, root):
     peak, different, total = map(int, result.stdout.split())
     assert different > words * 0.99 and total > 15 * words
     assert peak <= bound
-
-
-_LETTERS = str.maketrans("0123456789", "ghijklmnop")
