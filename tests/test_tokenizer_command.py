@@ -170,6 +170,15 @@ def test_longest_tokens_have_no_byte_tokens(run, files, tmp_path):
     assert len(longest) == 20 and not [line for line in longest if "<0x" in line or "<unk>" in line]
 
 
+@pytest.mark.parametrize("out", [".", "../inner/"])
+def test_the_folder_that_one_is_in(run, files, tmp_path, monkeypatch, out):
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    assert run("train", *files, "--vocab-size", 300, "--out", out)[0] == 0
+    assert {"tokenizer.json", "tokenizer_config.json"} <= set(names(tmp_path / "inner"))
+    assert names(tmp_path) == ["a.txt", "b.txt", "c.txt", "inner"]
+
+
 # --- Failing ---------------------------------------------------------------------------------------------------------
 
 

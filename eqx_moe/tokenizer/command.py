@@ -33,7 +33,7 @@ def add_commands(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> 
         ],
     )
     train.add_argument("files", nargs="+", metavar="FILE", help=_FILES)
-    train.add_argument("--out", required=True, type=pathlib.Path, help="a file ending in .json, or a folder")
+    train.add_argument("--out", required=True, type=_named, help="a file ending in .json, or a folder")
     train.add_argument(
         "--vocab-size",
         nargs="+",
@@ -68,7 +68,7 @@ def add_commands(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> 
         ["eqx-moe tokenizer count part-00*.txt --pattern llama3 --out part-00.counts"],
     )
     count.add_argument("files", nargs="+", metavar="FILE", help=_FILES)
-    count.add_argument("--out", required=True, type=pathlib.Path, metavar="FILE", help="the counts")
+    count.add_argument("--out", required=True, type=_named, metavar="FILE", help="the counts")
     _add_cutting(count)
 
     merge = add(
@@ -79,7 +79,13 @@ def add_commands(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> 
         ["eqx-moe tokenizer merge-counts part-*.counts --out all.counts"],
     )
     merge.add_argument("files", nargs="+", metavar="FILE", help="counts")
-    merge.add_argument("--out", required=True, type=pathlib.Path, metavar="FILE", help="the sum")
+    merge.add_argument("--out", required=True, type=_named, metavar="FILE", help="the sum")
+
+
+def _named(path: str) -> pathlib.Path:
+    """A path that ends in a name, beside which there may be others; `.` has none."""
+    found = pathlib.Path(path)
+    return found if found.name not in ("", "..") else pathlib.Path(os.path.abspath(found))
 
 
 def _add_cutting(parser: argparse.ArgumentParser) -> None:
