@@ -14,7 +14,6 @@ Several leaves on our side are concatenated along axis -2 of the tensor, in that
 """
 
 import itertools
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+
+from eqx_moe.checkpoint.boxes import Box
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,26 @@ class Tensor:
         return self.row.interleaved or self.row.transposed or self.row.axis > -2
 
     @property
-    def runs(self) -> int:
-        """How often its parts take turns in its bytes, if it is not strided: once for each entry."""
-        return math.prod(self.shape[: self.lead]) if len(self.parts) > 1 else 1
-
-    @property
     def lead(self) -> int:
         """How many of its first axes only number entries that are alike, each with all parts."""
         return max(0, len(self.shape) + min(self.row.axis, -2 if self.row.transposed else -1))
+
+    def box_of(self, number: int, box: Box) -> Box:
+        """Where in the tensor a box of the part `number` is; with steps, if parts take turns."""
+        result, axis = list(box), len(box) + self.row.axis
+        if self.row.interleaved:
+            turns = len(self.parts)
+            result[axis] = range(number + turns * box[axis].start, number + turns * box[axis].stop, turns)
+        elif len(self.parts) > 1:
+            before = sum(part.shape[axis] for part in self.parts[:number])
+            result[axis] = range(before + box[axis].start, before + box[axis].stop)
+        if self.row.transposed:
+            result[-2:] = result[:-3:-1]
+        return tuple(result)
+
+    def turned(self, values: np.ndarray) -> np.ndarray:
+        """Values of a part as a view with the tensor's order of axes."""
+        return values.swapaxes(-1, -2) if self.row.transposed else values
 
     def joined(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         """The values of the whole tensor, or of an entry, from those of its parts."""
@@ -93,9 +106,7 @@ class Tensor:
     def views(self, values: np.ndarray) -> list[np.ndarray]:
         """Each part as a view of the whole tensor's values, or of those of an entry of its first `lead` axes."""
         axis = self.row.axis
-        if self.row.transposed:
-            values = values.swapaxes(-1, -2)
-        number = len(self.parts)
+        values, number = self.turned(values), len(self.parts)
         if self.row.interleaved:
             after = (slice(None),) * (-axis - 1)
             return [values[(..., slice(i, None, number), *after)] for i in range(number)]

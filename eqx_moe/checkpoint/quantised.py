@@ -7,18 +7,20 @@ released in (OCP Microscaling Formats 1.0, section 5.3): `NAME_blocks` has 32 va
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from eqx_moe.checkpoint.boxes import Box, lengths, pieces
 from eqx_moe.checkpoint.header import Entry
 from eqx_moe.checkpoint.shards import Stored
 from eqx_moe.errors import CheckpointError
 
 BLOCK = 128
+_PIECE = 1 << 19  # values decoded at a time
 _SCALES = "_scale_inv"
 _MX_BLOCKS, _MX_SCALES, _MX_BLOCK = "_blocks", "_scales", 32
 _DECODED = np.dtype(ml_dtypes.bfloat16)
@@ -33,12 +35,17 @@ _E8M0 = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32(np.n
 
 
 def decode_fp8(
-    weight: Float[np.ndarray, "*batch out in"], scales: Float[np.ndarray, "*batch out_blocks in_blocks"]
+    weight: Float[np.ndarray, "*batch out in"],
+    scales: Float[np.ndarray, "*batch out_blocks in_blocks"],
+    first: tuple[int, int] = (0, 0),
 ) -> Float[np.ndarray, "*batch out in"]:
-    """Matrices of float8_e4m3fn times the scales of their 128 x 128 blocks, in float32; given in bfloat16."""
-    rows, columns = weight.shape[-2:]
-    wide = np.repeat(scales.astype(np.float32), BLOCK, axis=-1)[..., :columns]
-    return (_FP8[weight.view(np.uint8)] * np.repeat(wide, BLOCK, axis=-2)[..., :rows, :]).astype(_DECODED)
+    """Matrices of float8_e4m3fn times the scales of their 128 x 128 blocks, in float32; given in bfloat16.
+
+    Of the first blocks `weight` has what follows the row and the column `first`.
+    """
+    rows, columns = (slice(start, start + size) for start, size in zip(first, weight.shape[-2:], strict=True))
+    wide = np.repeat(scales.astype(np.float32), BLOCK, axis=-1)[..., columns]
+    return (_FP8[weight.view(np.uint8)] * np.repeat(wide, BLOCK, axis=-2)[..., rows, :]).astype(_DECODED)
 
 
 def decode_mxfp4(
@@ -110,15 +117,12 @@ def _fp8(name: str, weight: Stored, scales: Stored) -> Stored:
     if scales.entry.dtype not in _SCALE_DTYPES:
         expected = f"scales in a dtype among {', '.join(_SCALE_DTYPES)}"
         _refuse("ST-DTYPE", "FP8", scales, name + _SCALES, expected, scales.entry.dtype)
-    rows, columns = shape[-2:]
 
-    def decode(matrix: int, row: int, stop: int) -> np.ndarray:
-        values = np.empty((stop - row, columns), ml_dtypes.float8_e4m3fn)
-        weight.read_into(weight.entry.start + (matrix * rows + row) * columns, values)
-        down, across = scales.entry.shape[-2:]
-        factors = np.empty((1, across), _SCALE_DTYPES[scales.entry.dtype])
-        scales.read_into(scales.entry.start + (matrix * down + row // BLOCK) * factors.nbytes, factors)
-        return decode_fp8(values, factors)
+    def decode(box: Box) -> np.ndarray:
+        blocks = (*box[:-2], *(_blocks(along, BLOCK) for along in box[-2:]))
+        factors = _read(scales, blocks, _SCALE_DTYPES[scales.entry.dtype])
+        row, column = (along.start % BLOCK for along in box[-2:])
+        return decode_fp8(_read(weight, box, np.dtype(ml_dtypes.float8_e4m3fn)), factors, (row, column))
 
     return _decoding(weight, shape, decode)
 
@@ -130,42 +134,35 @@ def _mxfp4(name: str, blocks: Stored, scales: Stored) -> Stored:
         _refuse("ST-SHAPE", "MXFP4", scales, item, expected, f"blocks {shape} and scales {scales.entry.shape}")
     if scales.entry.dtype != "U8":
         _refuse("ST-DTYPE", "MXFP4", scales, item, "scales in U8", scales.entry.dtype)
-    *batch, rows, across, half = shape
 
-    def decode(matrix: int, row: int, stop: int) -> np.ndarray:
-        codes = np.empty((stop - row, across, half), np.uint8)
-        factors = np.empty((stop - row, across), np.uint8)
-        for stored, values in ((blocks, codes), (scales, factors)):
-            stored.read_into(stored.entry.start + (matrix * rows + row) * values[0].size, values)
-        return decode_mxfp4(codes, factors)
+    def decode(box: Box) -> np.ndarray:
+        *rows, along = box
+        across = (*rows, _blocks(along, _MX_BLOCK))
+        codes = _read(blocks, (*across, range(_MX_BLOCK // 2)), np.dtype(np.uint8))
+        skip = along.start % _MX_BLOCK
+        return decode_mxfp4(codes, _read(scales, across, np.dtype(np.uint8)))[..., skip : skip + len(along)]
 
-    return _decoding(blocks, (*batch, rows, across * _MX_BLOCK), decode)
+    return _decoding(blocks, (*shape[:-2], shape[-2] * _MX_BLOCK), decode)
 
 
-def _decoding(stored: Stored, shape: tuple[int, ...], decode: Callable[[int, int, int], np.ndarray]) -> Stored:
-    """A tensor of bfloat16 of which `decode(matrix, row, stop)` gives rows, within a row of blocks of one matrix."""
-    rows, columns = shape[-2:]
+def _blocks(along: range, size: int) -> range:
+    """The blocks that a range of places lies in."""
+    return range(along.start // size, -(-along.stop // size))
 
-    def read_into(start: int, target: np.ndarray) -> None:
-        flat = target.reshape(-1)
-        first = start // _DECODED.itemsize
-        for matrix, row, stop in _row_blocks(first, first + flat.size, rows, columns):
-            values = decode(matrix, row, stop).reshape(-1)
-            at = (matrix * rows + row) * columns - first  # where they begin in `flat`
-            here = flat[max(at, 0) : at + values.size]
-            here[...] = values[max(-at, 0) :][: here.size]
+
+def _read(stored: Stored, box: Box, dtype: np.dtype) -> np.ndarray:
+    values = np.empty(lengths(box), dtype)
+    stored.read(box, values)
+    return values
+
+
+def _decoding(stored: Stored, shape: tuple[int, ...], decode: Callable[[Box], np.ndarray]) -> Stored:
+    """A tensor of bfloat16 of which `decode` gives the values of a box."""
+
+    def read(box: Box, target: np.ndarray) -> None:
+        for piece in pieces(box, shape, _PIECE):
+            here = (slice(p.start - b.start, p.stop - b.start) for p, b in zip(piece, box, strict=True))
+            target[tuple(here)] = decode(piece)
 
     entry = Entry("BF16", shape, 0, math.prod(shape) * _DECODED.itemsize)
-    return Stored(stored.file, stored.path, entry, read_into)
-
-
-def _row_blocks(first: int, last: int, rows: int, columns: int) -> Iterator[tuple[int, int, int]]:
-    """The (matrix, first row, row after the last) that hold the elements [first, last), each within a row of blocks."""
-    if first == last:
-        return
-    row, stop = first // columns, -(-last // columns)  # of all matrices under one another
-    while row < stop:
-        matrix, inside = divmod(row, rows)
-        end = min((inside // BLOCK + 1) * BLOCK, rows, inside + stop - row)
-        yield matrix, inside, end
-        row += end - inside
+    return Stored(stored.file, stored.path, entry, read)

@@ -4,7 +4,7 @@ import numpy as np
 
 from eqx_moe.checkpoint.dtypes import DTYPES
 from eqx_moe.checkpoint.header import DTYPE_BITS
-from eqx_moe.checkpoint.shards import Stored
+from eqx_moe.checkpoint.shards import Stored, read_into
 from eqx_moe.errors import CheckpointError
 
 
@@ -18,7 +18,7 @@ def read_array(stored: Stored, name: str) -> np.ndarray:
     """
     entry, dtype, bits = stored.entry, DTYPES[stored.entry.dtype], DTYPE_BITS[stored.entry.dtype]
     raw = np.empty(stored.size, np.uint8)
-    stored.read_into(entry.start, raw)
+    read_into(stored.file, stored.path, entry.start, raw)
     if bits < 8:
         ones = np.unpackbits(raw, bitorder="little").reshape(-1, bits)
         raw = np.packbits(ones, axis=-1, bitorder="little").reshape(-1)

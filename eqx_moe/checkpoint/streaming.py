@@ -5,7 +5,6 @@ tensors has, never the model.
 """
 
 import contextlib
-import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from eqx_moe.checkpoint.boxes import lengths, whole
 from eqx_moe.checkpoint.dtypes import WEIGHT_DTYPES, target_dtype, weight_dtype
+from eqx_moe.checkpoint.filling import check_equal, reads
 from eqx_moe.checkpoint.matching import match
 from eqx_moe.checkpoint.names import Name, Skipped, Tensor
 from eqx_moe.checkpoint.quantised import decoded
-from eqx_moe.checkpoint.reader import check_equal, read_entry, read_values
 from eqx_moe.checkpoint.shards import Stored, open_weights
 
 
@@ -89,27 +89,10 @@ class _Source:
 
     def read(self, index: tuple[int, ...], target: np.ndarray) -> None:
         """Fills a contiguous array with the entry `index` of the part's first axes."""
-        if self.tensor.strided:
-            lead = self.tensor.lead
-            for rest in np.ndindex(*self.tensor.shape[len(index) : lead]):
-                entry = (*index, *rest)[:lead]
-                target[rest] = read_entry(self.tensor, self.stored, entry, target.dtype)[self.number][index[lead:]]
-            return
-        itemsize = WEIGHT_DTYPES[self.stored.entry.dtype].itemsize
-        # Runs of all parts take turns in the tensor; each of these has so many elements.
-        runs = self.tensor.runs
-        widths = [math.prod(part.shape) // runs for part in self.tensor.parts]
-        skip, width = sum(widths[: self.number]), widths[self.number]
         shape = self.tensor.parts[self.number].shape
-        flat = target.reshape(-1)
-        first = sum(i * math.prod(shape[axis + 1 :]) for axis, i in enumerate(index))  # of the part's own elements
-        done = 0
-        while done < flat.size:
-            run, inside = divmod(first + done, width)
-            piece = flat[done : done + width - inside]
-            start = run * sum(widths) + skip + inside
-            read_values(self.stored, self.stored.entry.start + start * itemsize, piece, self.tensor.name)
-            done += piece.size
+        box = (*(range(i, i + 1) for i in index), *whole(shape[len(index) :]))
+        for _, read in reads(self.tensor, self.stored, [(self.number, box, target.reshape(lengths(box)))]):
+            read()
 
 
 @dataclass(frozen=True)
