@@ -11,9 +11,9 @@ import pytest
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, PartitionSpec
 
-from eqx_moe.checkpoint import Name, plan, reader
+from eqx_moe.checkpoint import Name, plan
 from eqx_moe.checkpoint.names import Part, Tensor
 from eqx_moe.checkpoint.reader import load_leaves
 from eqx_moe.checkpoint.streaming import open_leaves
@@ -116,9 +116,13 @@ def test_joining_is_a_loop_and_views_are_its_inverse(drawn):
     tensor = Tensor("b", expected.shape, tuple(Part("a", (), tuple(shape)) for shape in shapes), row)
     joined = tensor.joined(parts)
     np.testing.assert_array_equal(joined, expected)
-    for view, part in zip(tensor.views(joined), parts, strict=True):
+    for number, (view, part) in enumerate(zip(tensor.views(joined), parts, strict=True)):
         np.testing.assert_array_equal(view, part)
         assert np.shares_memory(view, joined)
+        # Any box of a part lies in a box of the tensor.
+        box = tuple(range(size // 2, size) for size in part.shape)
+        there = joined[tuple(slice(r.start, r.stop, r.step) for r in tensor.box_of(number, box))]
+        np.testing.assert_array_equal(there, tensor.turned(part[tuple(slice(r.start, r.stop) for r in box)]))
     # An entry has all parts' values of its own, which is what a reader and a writer go by.
     for entry in np.ndindex(*expected.shape[: tensor.lead]):
         np.testing.assert_array_equal(tensor.joined([part[entry] for part in parts]), expected[entry])
@@ -195,35 +199,6 @@ def test_leaves_that_are_spread_over_devices(tmp_path, table):
     loaded = load(tmp_path / "host", table, shardings=shardings)
     assert_same(loaded, leaves())
     assert all(leaf.sharding == shardings[path] for path, leaf in loaded.items())
-
-
-class Part2To5(Sharding):
-    """The sharding of a process, one of several, whose devices have the entries 2, 3 and 4 of every leaf."""
-
-    def addressable_devices_indices_map(self, shape):
-        return {number: (slice(2 + number, 3 + number), *[slice(None)] * (len(shape) - 1)) for number in range(3)}
-
-
-@pytest.mark.parametrize("table", TABLES)
-def test_one_process_of_several_reads_what_its_devices_have(tmp_path, table, monkeypatch):
-    save(tmp_path, table)
-    buffers = {}
-
-    def put(buffer, start, shape, sharding):
-        buffers[len(buffers)] = start, shape, buffer
-        return jnp.zeros(())
-
-    monkeypatch.setattr(reader, "_put", put)
-    load(tmp_path, table, shardings=dict.fromkeys(SHAPES, Part2To5()))
-    tree, left = leaves(), list(leaves())
-    for start, shape, buffer in buffers.values():
-        # Whole where a tensor has no axis that only numbers entries, else the three entries.
-        path = next(path for path in left if np.array_equal(tree[path][start : start + len(buffer)], buffer))
-        assert shape == SHAPES[path] and (start, len(buffer)) in ((2, 3), (0, shape[0]))
-        left.remove(path)
-    assert not left
-    spans = [len(buffer) for _, _, buffer in buffers.values()]
-    assert spans.count(3) >= 3  # the large ones at least
 
 
 WRONG = {

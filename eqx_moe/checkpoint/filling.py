@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from eqx_moe.checkpoint.boxes import Box, around, lengths, meeting, overlap, pieces, size, united, whole
+from eqx_moe.checkpoint.boxes import Box, around, brought, lengths, meeting, pieces, size, united, whole
 from eqx_moe.checkpoint.dtypes import DTYPES, WEIGHT_DTYPES, cast
 from eqx_moe.checkpoint.names import Tensor
 from eqx_moe.checkpoint.shards import Stored
@@ -30,8 +30,13 @@ def reads(
     itemsize = WEIGHT_DTYPES[stored.entry.dtype].itemsize
     wanted = [(tensor.box_of(number, box), tensor.turned(values)) for number, box, values in places]
     wanted = [(box, values) for box, values in wanted if values.size]
-    # Parts that take turns are read together, each byte once.
-    for cover in united((around(box) for box, _ in wanted), overlap):
+
+    def less_together(one: Box, other: Box) -> bool:
+        both, *each = (brought(box, tensor.shape, itemsize) for box in (around(one, other), one, other))
+        return both < sum(each)
+
+    # So parts that take turns are read together, each byte once.
+    for cover in united((around(box) for box, _ in wanted), less_together):
         for piece in pieces(cover, tensor.shape, PIECE // itemsize):
             targets = []
             for box, values in wanted:

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from eqx_moe.checkpoint.boxes import Box, extent, lengths, pieces, size, strides
+from eqx_moe.checkpoint.boxes import Box, extent, lengths, pieces, size, strides, stroke
 from eqx_moe.checkpoint.files import exists, listing, open_plain, plain_name
 from eqx_moe.checkpoint.header import Entry, read_header
 from eqx_moe.checkpoint.jsonfile import read_json
@@ -31,9 +31,6 @@ WEIGHTS = re.compile(r"model(-[0-9]{5,6}-of-[0-9]{5,6})?\.safetensors|" + re.esc
 MOST_PROBLEMS = 5_000
 _DOING = "finding the weights"
 _MAX_THREADS = 8
-# Bytes between two runs that are worth another read. Linux reads 128 KiB ahead, so that fewer come from the disk in any
-# case; and from memory, half of each row took longer by itself than all of it, for rows of up to 256 KiB (measured).
-_LEAST_LEFT_OUT = 1 << 17
 _SCRATCH = 1 << 20  # bytes read at a time, with those that are left out
 _TRIES, _PAUSE = 20, 0.1  # seconds
 
@@ -71,13 +68,10 @@ class Stored:
         if self.decode is not None:
             self.decode(box, target)
             return
+        if not target.size:
+            return
         shape, itemsize = self.entry.shape, target.itemsize
-        # Over its last axes the box is read at one stroke, from its first value to its last.
-        outer, span = len(box), 1
-        for along, stride in zip(reversed(box), reversed(strides(shape)), strict=True):
-            if len(along) > 1 and (stride - span) * itemsize >= _LEAST_LEFT_OUT:
-                break
-            outer, span = outer - 1, span + (len(along) - 1) * stride
+        outer, _ = stroke(box, shape, itemsize)
         inner = box[outer:]
         rows = target.reshape(math.prod(map(len, box[:outer])), *lengths(inner))
         for number, index in enumerate(itertools.product(*box[:outer])):
