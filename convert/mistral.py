@@ -2,11 +2,17 @@
 
 Its rotary embedding turns the pairs (2i, 2i + 1) of a head, that of the Hugging Face form (i, i + head_dim / 2): the
 rows of q and k stand in another order.
+
+The first files of Mixtral 8x7B are laid out otherwise, and are read only: `block_sparse_moe.w1`, `.w2` and `.w3` of a
+layer have all experts under one another, [experts * ffn, hidden] each, so that an expert's w2 is transposed; and
+params.json has the names that Hugging Face uses. Reference: transformers, `convert_mixtral_weights_to_hf.py`.
 """
 
 import contextlib
+import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -39,6 +45,7 @@ _KEYS = {
     "vocab_size": "vocab_size",
 }
 _MOE_KEYS = {"num_experts": "num_local_experts", "num_experts_per_tok": "num_experts_per_tok"}
+_FIRST_KEYS = {ours: theirs for theirs, ours in _KEYS.items()}
 _OTHERS = {"rope_theta", "sliding_window", "moe", "max_seq_len", "max_position_embeddings", "tied_embeddings"}
 # Known, and the one value that is understood; None is any.
 _FIXED = {
@@ -65,6 +72,8 @@ def config_of(params: Mapping[str, Any], file: str) -> Any:
             code="CFG-VALUE", doing=_DOING, file=file, item=item, expected=expected, found=found, fix=fix
         )
 
+    if "hidden_size" in params:
+        params = _renamed(params)
     missing = sorted({"dim", "n_layers", "hidden_dim", "n_heads", "norm_eps", "vocab_size"} - params.keys())
     if missing:
         raise CheckpointError(
@@ -99,6 +108,13 @@ def config_of(params: Mapping[str, Any], file: str) -> Any:
         data |= {ours: moe[theirs] for theirs, ours in _MOE_KEYS.items()}
         data["model_type"] = "mixtral"
     return parse_config(data, file)
+
+
+def _renamed(params: Mapping[str, Any]) -> dict[str, Any]:
+    """params.json of the first files in the later ones' names; two experts a token go without saying there."""
+    result = {_FIRST_KEYS.get(key, key): value for key, value in params.items()}
+    experts, per_token = result.pop("num_local_experts", None), result.pop("num_experts_per_tok", 2)
+    return result if experts is None else result | {"moe": {"num_experts": experts, "num_experts_per_tok": per_token}}
 
 
 def params_of(config: Any) -> dict[str, Any]:
@@ -145,6 +161,26 @@ def names(config: Any) -> tuple[Name, ...]:
     return tuple(rows)
 
 
+def first_names(config: Any) -> tuple[Name, ...]:
+    """The name table of the first files of a Mixtral, their stacks as [experts, ffn, hidden]."""
+    theirs = "layers.{l}.block_sparse_moe."
+    rows = [row for row in names(config) if ".moe." not in row.ours]
+    rows.append(Name("layers.{l}.moe.router.weight", theirs + "gate.weight"))
+    rows += [Name(f"layers.{{l}}.moe.experts.{part}", theirs + name) for part, name in (("gate", "w1"), ("up", "w3"))]
+    return (*rows, Name("layers.{l}.moe.experts.down", theirs + "w2", transposed=True))
+
+
+def _stacks(stored: Mapping[str, Stored], config: Any) -> dict[str, Stored]:
+    """The tensors, those that are the first files' stacks of experts in the shape of a stack."""
+    experts, ffn, hidden = config.num_local_experts, config.intermediate_size, config.hidden_size
+    result = dict(stored)
+    for name in filter(re.compile(r"layers\.[0-9]+\.block_sparse_moe\.w[123]").fullmatch, stored):
+        entry = stored[name].entry
+        if entry.shape == (experts * ffn, hidden) and stored[name].decode is None:
+            result[name] = dataclasses.replace(stored[name], entry=entry._replace(shape=(experts, ffn, hidden)))
+    return result
+
+
 @contextlib.contextmanager
 def open_mistral(folder: pathlib.Path, dtype: str = "auto") -> Iterator[Source]:
     """A folder in Mistral's own layout, its leaves in our order of rows.
@@ -155,9 +191,10 @@ def open_mistral(folder: pathlib.Path, dtype: str = "auto") -> Iterator[Source]:
     config = config_of(read_json(folder / PARAMS, "config", doing=_DOING), str(folder / PARAMS))
     leaves = leaf_paths(skeleton(config))
     with _open_consolidated(folder) as opened:
-        stored = decoded(opened)
-        table = {"consolidated": names(config)}
-        tensors = match(folder, leaves, table, stored, skipped={}, tied=(), one_dtype=dtype == "auto")
+        stored, tables = decoded(opened), {"consolidated": names(config)}
+        if family_of(config).model_type == "mixtral":
+            stored, tables["first"] = _stacks(stored, config), first_names(config)
+        tensors = match(folder, leaves, tables, stored, skipped={}, tied=(), one_dtype=dtype == "auto")
         keep_fp32 = family_of(config).keep_fp32
         found = unread(leaves, tensors, stored, dtype=dtype, keep_fp32=keep_fp32)
         yield Source(folder, config, reordered(found, config, to_halves))

@@ -235,20 +235,21 @@ def from_pretrained(
     generation_config = read_generation_config(folder, config) or model.generation_config
     if isinstance(source, Snapshot):
         source.fetch_weights(lambda stored: _preview(stored, source, config, named, mesh))
-    leaves = load_leaves(
-        folder,
-        leaf_paths(model),
-        family.names(config),
-        skipped=family.skipped(config),
-        tied=TIED if config.tie_word_embeddings else (),
-        dtype=named,
-        keep_fp32=family.keep_fp32,
-        finite=_ROUTERS,
-        verify=verify,
-        shardings=None if mesh is None else plan_sharding(model, mesh).shardings,
-    )
-    if config.dtype is None:  # gpt-oss's releases name none
-        with open_weights(folder) as opened:
+    with open_weights(folder) as opened:
+        leaves = load_leaves(
+            folder,
+            leaf_paths(model),
+            family.names(config),
+            skipped=family.skipped(config),
+            tied=TIED if config.tie_word_embeddings else (),
+            dtype=named,
+            keep_fp32=family.keep_fp32,
+            finite=_ROUTERS,
+            verify=verify,
+            shardings=None if mesh is None else plan_sharding(model, mesh).shardings,
+            opened=opened,
+        )
+        if config.dtype is None:  # gpt-oss's releases name none
             config = dataclasses.replace(config, dtype=dtype_of_most(decoded(opened)))
     return dataclasses.replace(replace_leaves(model, leaves), config=config, generation_config=generation_config)
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from eqx_moe.checkpoint.checksums import CHECKSUMS
 from eqx_moe.checkpoint.dtypes import weight_dtype
 from eqx_moe.checkpoint.files import exists, open_plain
+from eqx_moe.checkpoint.jsonfile import read_json
 from eqx_moe.checkpoint.names import leaf_paths
 from eqx_moe.checkpoint.quantised import decoded
 from eqx_moe.checkpoint.shards import INDEX, open_weights
@@ -39,7 +40,9 @@ from eqx_moe.remote.upload import Content, check_push, push
 _DOING = "pushing a model"
 # What goes to the Hub with the weights of a folder, if it is there.
 _BESIDE = (INDEX, "config.json", "generation_config.json", "chat_template.jinja", "README.md")
-_BESIDE += (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
+# What transformers makes its tokenizer of besides tokenizer.json; each is one JSON object.
+_TOKENIZER_JSON = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
+_BESIDE += (TOKENIZER, *_TOKENIZER_JSON)
 _BESIDE += ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
 _BESIDE += ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 
@@ -129,6 +132,9 @@ def push_folder(
     read_generation_config(path, config)
     if exists(path / TOKENIZER):
         load_tokenizer(path)
+    for name in _TOKENIZER_JSON:
+        if exists(path / name):
+            read_json(path / name, "tokenizer config", doing=_DOING)
     with open_weights(path) as opened:
         stored = decoded(opened)
         match_weights(stored, path, config, one_dtype=False)

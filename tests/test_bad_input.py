@@ -320,6 +320,7 @@ TENSORS = {
     "prefix-lost": (rename_all(lambda name: name.removeprefix("model.")), "ST-MISSING", ""),
     "expert-numbered-01": (rename(EXPERT, EXPERT.replace(".2.", ".02.")), "ST-MISSING", EXPERT),
     "extra": (lambda tensors: tensors | {"model.extra.weight": np.zeros(3, "f4")}, "ST-EXTRA", "model.extra.weight"),
+    "extra-without-a-name": (lambda tensors: tensors | {"": np.zeros(3, "f4")}, "ST-EXTRA", ""),
     "extra-layer": (
         lambda tensors: tensors | {"model.layers.2.input_layernorm.weight": tensors[NORM]},
         "ST-EXTRA",
@@ -476,6 +477,8 @@ def test_tensors_that_are_not_the_models(single, refused, name):
     if name == "misspelled":
         assert "'model.nrom.weight'" in error.fix
         assert len(error.problems) == 2
+    if name == "extra-without-a-name":
+        assert "name is empty" in error.found
     if name == "prefixed":
         assert "'module.'" in error.fix
     if name == "prefix-lost":

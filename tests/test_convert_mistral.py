@@ -86,6 +86,74 @@ def test_from_their_names_to_hugging_faces(tmp_path, files):
     assert not (again / "config.json").exists() and not (again / SINGLE).exists()
 
 
+FIRST = "layers.0.block_sparse_moe"
+FIRST_PARAMS = {
+    "hidden_size": 12,
+    "num_hidden_layers": 2,
+    "intermediate_size": 17,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-05,
+    "vocab_size": 283,
+    "num_local_experts": 5,
+    "sliding_window": "4096",
+    "rope_theta": 1e6,
+}
+
+
+def first_layout(theirs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same tensors as the first files had them, an expert's rows behind another's."""
+    result = {name: values for name, values in theirs.items() if "feed_forward" not in name}
+    for layer in range(2):
+        ours, old = f"layers.{layer}.feed_forward.", f"layers.{layer}.block_sparse_moe."
+        result[f"{old}gate.weight"] = theirs[f"{ours}gate.weight"]
+        for name in ("w1", "w2", "w3"):
+            stack = np.empty((5 * 17, 12), np.float32)
+            for expert, row, column in np.ndindex(5, 17, 12):
+                at = (column, row) if name == "w2" else (row, column)
+                stack[17 * expert + row, column] = theirs[f"{ours}experts.{expert}.{name}.weight"][at]
+            result[old + name] = stack
+    return result
+
+
+@pytest.mark.parametrize("params", [FIRST_PARAMS, PARAMS | {"sliding_window": 4096, "rope_theta": 1e6}])
+def test_the_first_files_of_mixtral(tmp_path, params):
+    theirs = own_layout(np.random.default_rng(7))
+    folders = {name: tmp_path / name for name in ("first", "later", "first-hf", "later-hf")}
+    for name in ("first", "later"):
+        folders[name].mkdir()
+    tensors = list(first_layout(theirs).items())
+    for i in range(2):  # the tensors of the eight files differ, none is cut
+        safetensors.numpy.save_file(dict(tensors[i::2]), folders["first"] / f"consolidated.0{i}.safetensors")
+    safetensors.numpy.save_file(theirs, folders["later"] / "consolidated.safetensors")
+    (folders["first"] / "params.json").write_text(json.dumps(params))
+    later = PARAMS | {"sliding_window": 4096, "rope_theta": 1e6}
+    (folders["later"] / "params.json").write_text(json.dumps(later))
+    for name in ("first", "later"):
+        run(from_mistral, folders[name], folders[f"{name}-hf"], "--verify")
+    found, expected = (folders[f"{name}-hf"] for name in ("first", "later"))
+    assert (found / SINGLE).read_bytes() == (expected / SINGLE).read_bytes()
+    first, later = (json.loads((folder / "config.json").read_text()) for folder in (found, expected))
+    assert first | {"head_dim": 4} == later  # the first params.json does not say it
+
+
+@pytest.mark.parametrize(
+    "change, code, item",
+    [
+        (lambda old: old.pop(f"{FIRST}.w3"), "ST-MISSING", f"{FIRST}.w3"),
+        (lambda old: old.update({f"{FIRST}.w2": np.ones((12, 85), "f4")}), "ST-SHAPE", f"{FIRST}.w2"),
+    ],
+)
+def test_first_files_that_are_not_whole(tmp_path, change, code, item):
+    old = first_layout(own_layout(np.random.default_rng(7)))
+    change(old)
+    safetensors.numpy.save_file(old, tmp_path / "consolidated.safetensors")
+    (tmp_path / "params.json").write_text(json.dumps(FIRST_PARAMS))
+    with pytest.raises(CheckpointError) as caught, mistral.open_mistral(tmp_path):
+        pass
+    assert (caught.value.code, caught.value.item) == (code, item)
+
+
 def test_scores_of_attention_are_theirs():
     """q . k after rotation, in pairs as complex numbers (theirs) and in halves (ours): the same."""
     rng, heads, size, hidden = np.random.default_rng(8), 3, 8, 5

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from quantised import AHEAD, BF16, FP8, SINGLE, mxfp4_by_loops, quantise, random_fp8, write
 
 import eqx_moe
-from eqx_moe.checkpoint import leaf_paths, open_weights, read_array
+from eqx_moe.checkpoint import leaf_paths, open_weights, read_array, shards
 from eqx_moe.checkpoint.quantised import decode_fp8, decode_mxfp4, decoded
 from eqx_moe.errors import CheckpointError
 from eqx_moe.nn.router import updated_selection_bias
@@ -98,6 +98,15 @@ def test_a_model_in_fp8_loads_decoded_and_is_saved_so(tmp_path):
     ):
         np.testing.assert_array_equal(one, two)
     assert all(leaf.dtype == BF16 for leaf in leaf_paths(model).values())
+
+
+def test_headers_are_read_once_when_the_config_names_no_dtype(tmp_path, monkeypatch):
+    """As gpt-oss's releases."""
+    quantised.write_gpt_oss(tmp_path)
+    read, original = [], shards.read_header
+    monkeypatch.setattr(shards, "read_header", lambda file, name: read.append(name) or original(file, name))
+    assert eqx_moe.from_pretrained(tmp_path, dtype="float32").config.dtype == "bfloat16"
+    assert len(read) == 1
 
 
 def test_what_is_quantised_can_be_had_as_it_is(tmp_path):

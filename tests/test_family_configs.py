@@ -4,8 +4,10 @@ import dataclasses
 import math
 import warnings
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from cases import DEEPSEEK_V3, GPT_OSS, OLMOE, QWEN3_MOE, YARN
+from cases import DEEPSEEK_V3, GPT_OSS, LINEAR, LLAMA3, LONGROPE, OLMOE, QWEN3_MOE, YARN
 
 from eqx_moe.errors import CheckpointError
 from eqx_moe.family.rope import rope
@@ -24,6 +26,13 @@ REFUSED = [
     ("rope_parameters.rope_type", dict(rope_scaling=dict(type="su", factor=4.0))),
     ("rope_parameters.partial_rotary_factor", dict(partial_rotary_factor=0.5)),
     ("rope_parameters.factor", dict(rope_parameters=dict(YARN, factor=-4.0))),
+    ("rope_parameters.factor", dict(rope_parameters=dict(LINEAR, factor=1e-300))),
+    ("rope_parameters.factor", dict(rope_parameters=dict(LINEAR, factor=1e35))),
+    ("rope_parameters.factor", dict(rope_parameters=dict(YARN, factor=1e299))),
+    ("rope_parameters.attention_factor", dict(rope_parameters=dict(YARN, attention_factor=1e39))),
+    ("rope_parameters.beta_slow", dict(rope_parameters=dict(YARN, beta_slow=1e-307))),
+    ("rope_parameters.rope_theta", dict(rope_parameters=dict(YARN, rope_theta=1e299))),
+    ("rope_parameters.rope_theta", dict(rope_parameters=dict(rope_type="default", rope_theta=1e39))),
     ("rope_parameters", dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0, mscale=0.5))),
     ("hidden_act", dict(hidden_act="gelu")),
     ("attention_dropout", dict(attention_dropout=0.1)),
@@ -293,3 +302,36 @@ def test_published_configs_mean_what_their_authors_meant():
     assert [deepseek.is_sparse(layer) for layer in (2, 3)] == [False, True]
     assert rope(oss) == YarnRope(64, 150_000.0, 32.0, 4096, 32.0, 1.0, False, 0.1 * math.log(32) + 1)
     assert oss.layer_types[:3] == ("sliding_attention", "full_attention", "sliding_attention")
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        dict(rope_type="default", rope_theta=1.5),
+        dict(rope_type="default", rope_theta=1e38),
+        dict(LINEAR, factor=0.25),
+        dict(LINEAR, factor=1e-9),
+        dict(LINEAR, factor=1e9),
+        dict(LLAMA3, factor=0.5),
+        dict(YARN, factor=0.5),
+        dict(YARN, factor=1e12),
+        dict(LONGROPE, factor=0.5, short_factor=[0.5, 0.1, 1e-6, 3.0, 1e6]),
+    ],
+    ids=str,
+)
+def test_odd_numbers_that_mean_something_are_what_they_are_to_the_reference(parameters):
+    """It warns of a factor below 1 and goes on."""
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    data = dict(PLAIN["qwen3_moe"], rope_parameters=parameters, head_dim=10)
+    ours = rope(parse_config(data, "config.json"))
+    found = np.asarray(ours.frequencies(jnp.zeros((1,), jnp.int32))).reshape(-1)
+    theirs = transformers.Qwen3MoeConfig(**{key: value for key, value in data.items() if key != "model_type"})
+    if parameters["rope_type"] == "default":
+        expected, scale = 1.0 / parameters["rope_theta"] ** (np.arange(0, 10, 2) / 10), 1.0
+    else:
+        expected, scale = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](theirs, "cpu", seq_len=1)
+    np.testing.assert_allclose(found, np.asarray(expected), rtol=2e-6)
+    assert ours.scale == pytest.approx(scale) and np.all(found > 0)

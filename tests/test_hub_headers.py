@@ -4,7 +4,7 @@ import json
 
 import pytest
 import tiny
-from downloading import HEADER, LARGE, REPO, refused, weights
+from downloading import HEADER, INDEX, LARGE, REPO, SHARDS, files_of, refused, weights
 
 import eqx_moe
 
@@ -93,3 +93,30 @@ def test_a_header_that_does_not_arrive(hub, single):
     hub.fault(HEADER, "status", status=200, times=10**6)
     refused("HUB-OFFLINE")
     assert hub.count(HEADER) == 5
+
+
+@pytest.mark.parametrize("change", ["wrong shard", "ghost", "unlisted"])
+def test_an_index_that_disagrees_with_the_shards_is_found_before_the_download(hub, tmp_path, change):
+    files = files_of(tmp_path, seed=3)
+    index = json.loads(files[INDEX])
+    shards = list(index["weight_map"].values())
+    tensor, shard = next(each for each in index["weight_map"].items() if shards.count(each[1]) > 1)
+    index["weight_map"] |= {"ghost" if change == "ghost" else tensor: next(s for s in SHARDS if s != shard)}
+    if change == "unlisted":
+        del index["weight_map"][tensor]
+    hub.put(REPO, files | {INDEX: json.dumps(index).encode()})
+    error = refused("IDX-MISMATCH", "ghost" if change == "ghost" else tensor)
+    assert error.file.startswith(REPO) and error.file.endswith(INDEX)
+    assert not hub.count(LARGE) and hub.count(HEADER) == 2 * len(SHARDS)
+    hub.put(REPO, files)
+    assert weights(eqx_moe.from_pretrained(REPO)) == weights(tiny.model(seed=3))
+
+
+def test_names_of_files_that_are_none(hub, tmp_path):
+    """Then the reader of the index says what is wrong with it."""
+    files = files_of(tmp_path, seed=3)
+    index = json.loads(files[INDEX])
+    index["weight_map"] |= {next(iter(index["weight_map"])): 3}
+    hub.put(REPO, files | {INDEX: json.dumps(index).encode()})
+    refused("IDX-MAP")
+    assert not hub.count(LARGE) and not hub.count(HEADER)

@@ -52,6 +52,8 @@ def test_checksums_are_of_what_was_pushed(hub, folder, sums, names):
         ("generation_config.json", '{"eos_token_id": "none"}', "CFG-VALUE"),
         ("tokenizer.json", "{", "TOK-JSON"),
         ("tokenizer.json", '{"model": {}}', "TOK-LOAD"),
+        ("tokenizer_config.json", '{"model_max_length": NaN}', "TOK-JSON"),
+        ("special_tokens_map.json", "[]", "TOK-JSON"),
     ],
 )
 def test_what_would_not_load_is_not_pushed(hub, folder, file, content, code):

@@ -91,7 +91,8 @@ def _unmatched(tensors: Mapping[str, Tensor], stored: Mapping[str, Stored], extr
         yield _Problem("ST-MISSING", tensor.name, f"a tensor of shape {tensor.shape}", "no tensor of that name", fix)
     for name in extra:
         fix = hint or "a tensor is never dropped in silence: remove it from the file, or correct config.json"
-        found = f"{stored[name].entry.dtype} {stored[name].entry.shape}, which the model has not"
+        what = "" if name else "a tensor whose name is empty, "
+        found = f"{what}{stored[name].entry.dtype} {stored[name].entry.shape}, which the model has not"
         yield _Problem("ST-EXTRA", name, "only tensors of the model", found, fix)
 
 

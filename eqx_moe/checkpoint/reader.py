@@ -2,6 +2,7 @@
 used from where it lies in the file."""
 
 import concurrent.futures
+import contextlib
 import itertools
 import math
 import mmap
@@ -44,6 +45,7 @@ def load_leaves(
     finite: tuple[str, ...] = (),
     verify: bool = False,
     shardings: Mapping[str, Sharding] | None = None,
+    opened: Mapping[str, Stored] | None = None,
 ) -> dict[str, Float[Array, "..."]]:
     """Reads the leaves of a model (path -> shape) from a folder of safetensors files.
 
@@ -64,6 +66,7 @@ def load_leaves(
             looked at.
         verify: reads every byte, holds it against the checksums that `save_leaves` wrote, and wants all values finite.
         shardings: path -> where the leaf goes; None puts all on the default device.
+        opened: the folder's `open_weights`, for who has opened it anyway.
 
     Raises:
         CheckpointError: ST-*, IDX-* and SUM-* codes, see `eqx_moe.errors`; no data is read before all headers are found
@@ -73,7 +76,7 @@ def load_leaves(
     folder = pathlib.Path(folder)
     named = None if dtype == "auto" else weight_dtype(dtype)
     checked = [matcher(template) for template in finite]
-    with open_weights(folder) as opened:
+    with open_weights(folder) if opened is None else contextlib.nullcontext(opened) as opened:
         stored = decoded(opened)
         tensors = match(folder, leaves, layouts, stored, skipped=skipped, tied=tied, one_dtype=named is None)
         if verify:

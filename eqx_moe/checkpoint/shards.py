@@ -110,7 +110,7 @@ def open_weights(folder: pathlib.Path) -> Iterator[dict[str, Stored]]:
         before = {shard: _version(file) for shard, file in shards.items()}
         entries = {shard: read_header(file, str(folder / shard)) for shard, file in shards.items()}
         if weight_map is not None:
-            _check_index(weight_map, entries, folder / INDEX)
+            check_index(weight_map, entries, str(folder / INDEX))
         yield {
             tensor: Stored(shards[shard], str(folder / shard), entry)
             for shard, tensors in entries.items()
@@ -244,9 +244,9 @@ def _no_weights(folder: pathlib.Path) -> NoReturn:
     )
 
 
-def _check_index(
-    weight_map: Mapping[str, str], entries: Mapping[str, Mapping[str, Entry]], index: pathlib.Path
-) -> None:
+def check_index(weight_map: Mapping[str, str], entries: Mapping[str, Mapping[str, Entry]], index: str) -> None:
+    """Refuses shards (their tensors by name) that have others than the index lists for them: IDX-MISMATCH."""
+
     def differences() -> Iterator[tuple[str, str]]:
         for tensor, shard in weight_map.items():
             if tensor not in entries[shard]:
@@ -265,7 +265,7 @@ def _check_index(
         raise CheckpointError(
             code="IDX-MISMATCH",
             doing=_DOING,
-            file=str(index),
+            file=index,
             item=tensor,
             expected="an index that lists exactly the tensors of its shards",
             found=found,

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+import numpy as np
+
 from eqx_moe.family.config import ConfigError, RopeParameters, head_dim
 from eqx_moe.nn.rope import AbstractRope, DefaultRope, DynamicRope, LinearRope, Llama3Rope, LongRope, YarnRope
 
@@ -21,6 +23,10 @@ _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("factor", "attention_factor"),
     ),
 }
+
+# Frequencies and angles are computed in float32. Divided by the smallest, one times any position is finite in it.
+_SMALLEST, _LARGEST = 2.0**-96, float(np.finfo(np.float32).max)
+_IN_FLOAT32 = f"at most {_LARGEST:.3g}, as float32 is"
 
 
 def rope(config: Any) -> AbstractRope:
@@ -78,16 +84,16 @@ def _yarn_scale(p: RopeParameters, factor: float) -> float:
 def _check(p: RopeParameters, dim: int) -> None:
     if p.rope_type not in _KEYS:
         raise ConfigError("rope_parameters.rope_type", f"one of {sorted(_KEYS)}", p.rope_type)
-    if p.rope_theta <= 1:
-        raise ConfigError("rope_parameters.rope_theta", "above 1", p.rope_theta)
+    if not 1 < p.rope_theta <= _LARGEST:
+        raise ConfigError("rope_parameters.rope_theta", f"above 1 and {_IN_FLOAT32}", p.rope_theta)
     needed, optional = _KEYS[p.rope_type]
     for key in needed:
         if getattr(p, key) is None:
             raise ConfigError(f"rope_parameters.{key}", f"given for rope_type {p.rope_type!r}", None)
     for key in (*needed, *optional):
         value = getattr(p, key)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
-            raise ConfigError(f"rope_parameters.{key}", "above 0", value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not _SMALLEST <= value <= _LARGEST:
+            raise ConfigError(f"rope_parameters.{key}", f"above 0 and {_IN_FLOAT32}", value)
     if p.rope_type == "llama3" and not (p.high_freq_factor or 0) > (p.low_freq_factor or 0):
         raise ConfigError(
             "rope_parameters.high_freq_factor", f"above low_freq_factor ({p.low_freq_factor})", p.high_freq_factor
@@ -98,8 +104,17 @@ def _check(p: RopeParameters, dim: int) -> None:
         raise ConfigError("rope_parameters.factor", "at least 1 for dynamic rope", p.factor)
     for key in ("short_factor", "long_factor"):
         value = getattr(p, key)
-        if p.rope_type == "longrope" and (len(value) != dim // 2 or min(value) <= 0):
-            raise ConfigError(f"rope_parameters.{key}", f"{dim // 2} positive numbers (head_dim / 2)", value)
+        if p.rope_type == "longrope":
+            if len(value) != dim // 2 or not _SMALLEST <= min(value) <= max(value) <= _LARGEST:
+                expected = f"{dim // 2} positive numbers (head_dim / 2), {_IN_FLOAT32}"
+                raise ConfigError(f"rope_parameters.{key}", expected, value)
+    # The reference warns of a factor below 1 and computes with it, so that it is no error here either. But a frequency
+    # that is 0 in float32 is as if there were no positions.
+    factors = {"factor": (p.factor or 1,), "short_factor": p.short_factor or (1,), "long_factor": p.long_factor or (1,)}
+    for key, values in factors.items():
+        if p.rope_theta * max(values) > _LARGEST:
+            expected = f"{_IN_FLOAT32}, also when multiplied by rope_theta"
+            raise ConfigError(f"rope_parameters.{key}", expected, max(values))
     # A key that the kind does not read would be ignored in silence, and so would what its author meant by it.
     unread = [
         key

@@ -15,7 +15,6 @@ import os
 import pathlib
 import re
 import secrets
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -26,9 +25,10 @@ from tqdm import tqdm
 from eqx_moe.checkpoint.files import plain_name
 from eqx_moe.checkpoint.header import Entry, read_header
 from eqx_moe.checkpoint.jsonfile import read_json
-from eqx_moe.checkpoint.shards import INDEX, SINGLE, Stored
+from eqx_moe.checkpoint.shards import INDEX, SINGLE, Stored, check_index
 from eqx_moe.errors import CheckpointError, quote
 from eqx_moe.remote.client import TIMEOUT, WAITS, api, explain, is_revision, is_transient, is_unreachable, retrying
+from eqx_moe.remote.headers import remote_header
 from eqx_moe.remote.space import check_disk, free_disk, gigabytes
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -36,9 +36,6 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _THREADS = 4
 _TRIES = 3  # of a file that comes with wrong bytes
 _OURS = ".eqx_moe"
-# Of a file of weights: how many bytes are asked for first, which is all of most headers, and how many at most. A longer
-# header is refused for its length.
-_FIRST, _LONGEST = 100_000, 100_000_008
 
 _log = logging.getLogger("eqx_moe")
 
@@ -116,7 +113,7 @@ class Snapshot:
             try:
                 becomes = check(self._headers(shards))
             except CheckpointError as error:
-                if not error.code.startswith("ST-"):
+                if not error.code.startswith(("ST-", "IDX-")):
                     raise
                 # Headers come without a hash: look twice before a model is refused.
                 becomes = check(self._headers(shards))
@@ -149,10 +146,10 @@ class Snapshot:
                 self._refuse_offline([f"{SINGLE} or {INDEX}"])
             names = sorted(name for name in listed if plain_name(name))
             self._refuse("ST-WEIGHTS", f"{SINGLE}, or {INDEX} and its shards", _some(names), "name another repo")
-        weight_map = read_json(self.folder / INDEX, "index").get("weight_map")
-        shards = sorted({s for s in weight_map.values() if isinstance(s, str)}) if isinstance(weight_map, dict) else []
-        if not all(plain_name(shard) and shard.endswith(".safetensors") for shard in shards):
+        weight_map = self._weight_map()
+        if weight_map is None:
             return []  # The reader refuses the index, and says why.
+        shards = sorted(set(weight_map.values()))
         if self.files is not None and (lacking := [shard for shard in shards if shard not in self.files]):
             fix = "name another repo or revision: this one is not whole"
             self._refuse("HUB-FILE", "every shard that the index lists", f"none of these: {_some(lacking)}", fix, INDEX)
@@ -161,8 +158,20 @@ class Snapshot:
             self._refuse("IDX-AMBIGUOUS", "one model in the repo", "shards with an index, and a single file", fix)
         return shards
 
+    def _weight_map(self) -> dict[str, str] | None:
+        """Which shard each tensor lies in; None without an index that says so."""
+        if not (self.folder / INDEX).exists():
+            return None
+        weight_map = read_json(self.folder / INDEX, "index").get("weight_map")
+        if not isinstance(weight_map, dict):
+            return None
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            return None
+        shards = set(weight_map.values())
+        return weight_map if all(plain_name(s) and s.endswith(".safetensors") for s in shards) else None
+
     def _headers(self, shards: list[str]) -> dict[str, Stored]:
-        """All tensors of the shards: a range of each file, not the file."""
+        """All tensors of the shards, which the index must list: a range of each file, not the file."""
 
         def place(shard: str) -> str:
             return f"{self.repo}@{self.commit[:8]}/{shard}"
@@ -171,66 +180,24 @@ class Snapshot:
             if (self.folder / shard).exists():
                 with io.FileIO(self.folder / shard) as file:
                     return read_header(file, place(shard))
-            return self._remote_header(shard, place(shard))
+            assert self.files is not None
+            return remote_header(self.client, self.repo, self.commit, shard, self.files[shard].size, place(shard))
 
-        tensors: dict[str, Stored] = {}
+        try:
+            with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+                found = dict(zip(shards, pool.map(read, shards), strict=True))
+        except Exception as error:
+            explain(error, self.doing, self.repo, token=self.client.token)
+        if shards and (weight_map := self._weight_map()) is not None:
+            check_index(weight_map, found, place(INDEX))
         # Nothing is read from what is not here.
         nothing = io.FileIO(os.devnull)
         nothing.close()
-        try:
-            with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-                for shard, entries in zip(shards, pool.map(read, shards), strict=True):
-                    tensors |= {name: Stored(nothing, place(shard), entry) for name, entry in entries.items()}
-        except Exception as error:
-            explain(error, self.doing, self.repo, token=self.client.token)
-        return tensors
-
-    def _remote_header(self, shard: str, place: str) -> dict[str, Entry]:
-        """The header of a file that is not here, by the checks that the whole file will have to pass.
-
-        `HfApi.parse_safetensors_file_metadata` checks neither shapes nor offsets, and ends some malformed headers with
-        an error of Python's own.
-        """
-        assert self.files is not None
-        size = self.files[shard].size
-        with tempfile.TemporaryFile(buffering=0) as file:
-            try:
-                file.truncate(size)  # As long as the file, without taking up its room: the rest is a hole.
-            except (OSError, OverflowError):
-                self._refuse("HUB-FILE", "a size that there can be", f"{size} bytes", "name another repo", shard)
-            if size:
-                retrying(lambda: self._first_bytes(shard, min(size, _FIRST), file))
-            file.seek(0)
-            needed = 8 + int.from_bytes(file.read(8), "little")
-            if _FIRST < needed <= min(size, _LONGEST):
-                retrying(lambda: self._first_bytes(shard, needed, file))
-            return read_header(file, place)
-
-    def _first_bytes(self, shard: str, count: int, file: io.FileIO) -> None:
-        """Writes the first bytes of a file of the repo, which has as many, to the start of `file`."""
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff, httpx
-
-        url = hf_hub_url(self.repo, shard, revision=self.commit, endpoint=self.client.endpoint)
-        headers = build_hf_headers(
-            token=self.client.token,
-            library_name=self.client.library_name,
-            library_version=self.client.library_version,
-        )
-        headers |= {"range": f"bytes=0-{count - 1}", "accept-encoding": "identity"}
-        file.seek(0)
-        came = 0
-        with http_stream_backoff(
-            "GET", url, headers=headers, timeout=TIMEOUT, retry_on_exceptions=(), retry_on_status_codes=()
-        ) as response:
-            hf_raise_for_status(response)
-            for piece in response.iter_bytes():
-                file.write(piece[: count - came])
-                came += len(piece)
-                if came > count:  # Who knows no ranges sends the whole file.
-                    break
-        if came < count:
-            raise httpx.RemoteProtocolError(f"{came} of {count} bytes came")
+        return {
+            name: Stored(nothing, place(shard), entry)
+            for shard, entries in found.items()
+            for name, entry in entries.items()
+        }
 
     def _each(self, names: tuple[str, ...], size: int) -> None:
         """Downloads what is absent and checks what has not been, a few files at a time, under one bar in bytes."""
