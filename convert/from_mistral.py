@@ -12,7 +12,7 @@ from eqx_moe.cli import run_command
 
 _DESCRIPTION = """\
 Write a folder that eqx_moe and transformers load from one in Mistral's own layout: consolidated*.safetensors and
-params.json, a Mistral or a Mixtral. The first Mixtral files, with stacks block_sparse_moe.w1, .w2 and .w3, are read once
+params.json, a Mistral or a Mixtral. The first Mixtral files, with stacks block_sparse_moe.w1, .w2, .w3, are read once
 they are safetensors: a pickle never is. `convert.to_mistral` goes back. What params.json does not say is the length of
 texts (32,768 are taken) and special ids (1 begins a text and 2 ends it). Memory holds one tensor, never the model."""
 _EXAMPLES = [
