@@ -73,7 +73,7 @@ def decoded(stored: Mapping[str, Stored]) -> dict[str, Stored]:
     result: dict[str, Stored] = {}
     for name, tensor in stored.items():
         dtype = tensor.entry.dtype
-        if _is_scales(name, stored):
+        if name.endswith((_SCALES, _MX_SCALES)) and _is_scales(name, stored):
             continue
         if dtype == "F8_E4M3" and name + _SCALES in stored:
             result[name] = _fp8(name, tensor, stored[name + _SCALES])

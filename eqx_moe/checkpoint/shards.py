@@ -108,17 +108,18 @@ def open_weights(folder: pathlib.Path) -> Iterator[dict[str, Stored]]:
         for file in shards.values():
             stack.enter_context(file)
         before = {shard: _version(file) for shard, file in shards.items()}
-        entries = {shard: read_header(file, str(folder / shard)) for shard, file in shards.items()}
+        paths = {shard: str(folder / shard) for shard in shards}
+        entries = {shard: read_header(file, paths[shard]) for shard, file in shards.items()}
         if weight_map is not None:
             check_index(weight_map, entries, str(folder / INDEX))
         yield {
-            tensor: Stored(shards[shard], str(folder / shard), entry)
+            tensor: Stored(shards[shard], paths[shard], entry)
             for shard, tensors in entries.items()
             for tensor, entry in tensors.items()
         }
         for shard, file in shards.items():
             if _version(file) != before[shard]:
-                changed_while_reading(str(folder / shard))
+                changed_while_reading(paths[shard])
 
 
 def read_into(file: io.FileIO, path: str, start: int, target: np.ndarray) -> None:
