@@ -157,6 +157,24 @@ def test_all_to_all_equals_dense(shape):
     check(ExpertParallel(make_mesh(shape), method="all_to_all"), ALL)
 
 
+@pytest.mark.parametrize("name", ["ring", "all_to_all"])
+@given(
+    skew=st.sampled_from([0.0, 0.3, 3.0]), real=st.sampled_from([0.0, 0.1, 0.6, 1.0]), seed=st.integers(0, 2**31 - 1)
+)
+@settings(max_examples=12, deadline=None)
+def test_any_routing_equals_dense(name, skew, real, seed):
+    """Experts of any popularity, up to those that all tokens choose; rows of any padding, up to nothing else."""
+    random, case = np.random.default_rng(seed), make_case("random", ALL, seed % 100)
+    chosen = np.argsort(random.random((*ALL, EXPERTS)) + skew * random.random(EXPERTS), axis=-1)[..., :K]
+    mask = random.random(ALL) < real
+    routing = Routing(jnp.asarray(np.where(mask[..., None], chosen, EXPERTS), jnp.int32), case.routing.weights)
+    # A shape that is compiled for other tests too.
+    inputs = (case.x, routing, jnp.asarray(mask), case.dy, make_experts())
+    (found, drops), (expected, _) = run(ExpertParallel(make_mesh((2, 4, 1)), name), *inputs), run(Dense(), *inputs)
+    assert_equal(found, expected)
+    assert drops == 0
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "count", "k"),
     [
