@@ -328,17 +328,19 @@ def test_an_inner_execution_that_drops_and_looks_at_whole_rows(shape, tokens):
 
 
 @dataclasses.dataclass(frozen=True)
-class Counts(AbstractExecution):
-    """Stands in for an execution that drops all that it is told is no padding."""
+class PassesRows(AbstractExecution):
+    """Stands in for an execution that drops all that it is told is no padding, and passes it on instead."""
 
     def __call__(self, x, routing, experts, mask):
-        return x * 0, jnp.sum(mask, dtype=jnp.int32)
+        return jnp.where(mask[..., None], x, jnp.nan) / routing.shares, jnp.sum(mask, dtype=jnp.int32)
 
 
 def test_an_inner_execution_is_told_which_rows_came_for_its_experts():
     """Each pair of a token and an expert is one row on one device along `expert`; all else is room."""
-    case, execution = make_case("padding", ALL), ExpertParallel(make_mesh((2, 2, 2)), "all_to_all", inner=Counts())
-    _, rows = eqx.filter_jit(execution)(case.x, case.routing, make_experts(), case.mask)
+    case, execution = make_case("padding", ALL), ExpertParallel(make_mesh((2, 2, 2)), "all_to_all", inner=PassesRows())
+    found, rows = eqx.filter_jit(execution)(case.x, case.routing, make_experts(), case.mask)
+    weights = jnp.where(case.mask[..., None], case.routing.weights, 0)
+    assert_equal([found], [case.x * weights.sum(axis=-1, keepdims=True)])
     assert rows == K * case.mask.sum()
 
 
