@@ -29,6 +29,7 @@ from eqx_moe.execution import (
     save_collectives,
 )
 from eqx_moe.execution.exchange import departures, ragged, seat_of, seats
+from eqx_moe.execution.layout import Layout
 from eqx_moe.nn.experts import Experts
 from eqx_moe.nn.gating import ClampedSwiGLU
 from eqx_moe.sharding import AXES
@@ -210,6 +211,21 @@ def test_a_batch_that_expert_does_not_divide_is_split_along_the_sequence(method)
 
 def test_tokens_that_nothing_divides_are_the_same_on_all_devices():
     check(ExpertParallel(make_mesh((2, 4, 1)), method="all_to_all"), NOTHING)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "batch", "seq", "split"),
+    [
+        ((2, 4, 1), ALL, ("data", "expert"), (), 0),
+        ((2, 4, 1), SEQ, ("data",), ("expert",), 1),
+        ((4, 2, 1), SEQ, ("expert",), (), 0),
+        ((2, 4, 1), NOTHING, (), (), None),
+        ((8, 1, 1), ALL, ("data", "expert"), (), 0),
+    ],
+)
+def test_no_device_does_what_another_does_if_tokens_divide(shape, tokens, batch, seq, split):
+    layout = Layout.of(make_mesh(shape), *tokens, make_experts())
+    assert (layout.tokens, layout.split) == (PartitionSpec(batch, seq), split)
 
 
 def test_ffn_that_tensor_does_not_divide_is_repeated():
