@@ -6,11 +6,11 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
+from eqx_moe.checkpoint.dtypes import weight_dtype
 from eqx_moe.checkpoint.names import leaf_paths, replace_leaves
 from eqx_moe.errors import CheckpointError
 from eqx_moe.execution import AbstractExecution, resolve
@@ -18,7 +18,7 @@ from eqx_moe.family import BY_MODEL_TYPE, FAMILIES, Family
 from eqx_moe.nn.decoder import Decoder
 from eqx_moe.nn.moe import MoE
 from eqx_moe.nn.stack import Stack, blocks_of, stack_layers, unstack_layers
-from eqx_moe.sharding import AnyMesh, Plan, check_mesh, plan, without_data
+from eqx_moe.sharding import AnyMesh, Plan, check_devices, plan, without_data
 
 
 def families() -> dict[str, type]:
@@ -73,7 +73,7 @@ def init(
     chosen = resolve(execution, mesh)
 
     def build(key: PRNGKeyArray) -> Decoder:
-        return family_of(config).build(config, key=key, dtype=jnp.dtype(dtype), execution=chosen)
+        return family_of(config).build(config, key=key, dtype=weight_dtype(dtype), execution=chosen)
 
     if mesh is None:
         return build(key)
@@ -92,9 +92,9 @@ def skeleton(
     """The model that `init` would make, with a `jax.ShapeDtypeStruct` for every weight: no memory, no time."""
     build, chosen = family_of(config).build, resolve(execution, mesh)
     model = eqx.filter_eval_shape(
-        lambda: build(config, key=jax.random.key(0), dtype=jnp.dtype(dtype), execution=chosen)
+        lambda: build(config, key=jax.random.key(0), dtype=weight_dtype(dtype), execution=chosen)
     )
-    return model if mesh is None else dataclasses.replace(model, mesh=check_mesh(mesh))
+    return model if mesh is None else dataclasses.replace(model, mesh=check_devices(mesh))
 
 
 def with_options(
@@ -108,7 +108,7 @@ def with_options(
         execution: how MoE blocks run; None picks the dropless one for the platform and the mesh.
     """
     if mesh is not None:
-        model = dataclasses.replace(model, mesh=check_mesh(mesh))
+        model = dataclasses.replace(model, mesh=check_devices(mesh))
         shardings = plan_sharding(model, mesh).shardings
         model = replace_leaves(model, {p: jax.device_put(x, shardings[p]) for p, x in leaf_paths(model).items()})
     chosen = resolve(execution, model.mesh)

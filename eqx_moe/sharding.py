@@ -103,6 +103,17 @@ def check_mesh(mesh: AnyMesh) -> AnyMesh:
     return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
+def check_devices(mesh: AnyMesh) -> Mesh:
+    """As `check_mesh`, for what is to lie on the devices: a mesh without any raises `ValueError` too."""
+    mesh = check_mesh(mesh)
+    if isinstance(mesh, AbstractMesh):
+        raise ValueError(
+            f"`mesh` must have devices, for arrays to lie on; got {mesh}, which has shapes alone. These suffice for a "
+            "plan: `eqx_moe.plan_sharding`, `eqx_moe.train.plan_step`."
+        )
+    return mesh
+
+
 def check_experts(mesh: AnyMesh, experts: int, path: str | None = None) -> None:
     """Raises `ValueError` if the axis `expert` does not divide the experts of a block (those of the stack `path`)."""
     ways = mesh.shape.get(EXPERT, 1)

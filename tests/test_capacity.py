@@ -220,12 +220,12 @@ def test_rows_do_not_touch_each_other():
 
 @pytest.mark.parametrize(("left", "right"), [(6, 0), (0, 11), (3, 4)])
 def test_padding_takes_no_place_and_gives_none(left, right):
-    """Whatever it holds, also infinities; and in a row that holds nothing else."""
+    """Whatever it holds, also infinities, and weighs; and in a row that holds nothing else."""
     case, x, weights, experts, chosen, mask = case_and_inputs()
     pads = ((0, 1), (left, right))
     padded_chosen = np.pad(chosen, (*pads, (0, 0)), constant_values=case.experts)
     padded_x = np.pad(x, (*pads, (0, 0)), constant_values=np.inf)
-    padded_weights = np.pad(weights, (*pads, (0, 0)), constant_values=0.3)
+    padded_weights = np.pad(weights, (*pads, (0, 0)), constant_values=np.nan)
     dy = np.ones_like(x)
     drops, plain = fast(case.execution, x, weights, experts, chosen, mask, dy)
     padded_drops, padded = fast(

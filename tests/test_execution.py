@@ -1,5 +1,7 @@
 """Execution strategies against the dense oracle, and the grouped matrix product against its own."""
 
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import lax
 from weights import draw_experts
 
 import eqx_moe
 from eqx_moe.execution import Dense, Grouped, Routing, resolve
-from eqx_moe.kernels.grouped_matmul import _slots, grouped_matmul, grouped_matmul_oracle
+from eqx_moe.kernels.grouped_matmul import _ragged_dot, _slots, grouped_matmul, grouped_matmul_oracle
 from eqx_moe.nn.gating import ClampedSwiGLU
 from eqx_moe.nn.router import SoftmaxTopKRouter
 
@@ -90,6 +93,62 @@ def test_rows_past_the_groups_may_hold_anything():
     assert jnp.all(dweight == jnp.asarray([2.0, 0.0, 3.0])[:, None, None])
 
 
+@pytest.mark.parametrize("sizes", [[2, 3, 4], [3, 60, 37]], ids=["few rows", "many"])
+def test_gradients_that_are_not_finite_stay_in_their_group(sizes):
+    """Of the first group, and of rows past the groups: they reach neither the others' rows nor their matrices."""
+    rows, own = sum(sizes) + 2, sizes[0]
+    dy = jnp.ones((rows, 4)).at[:own].set(jnp.inf).at[-2:].set(jnp.nan)
+    _, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, jnp.asarray(sizes)), jnp.ones((rows, 5)), jnp.ones((3, 4, 5)))
+    dx, dweight = pull(dy)
+    assert jnp.all(dx[:own] == jnp.inf) and jnp.all(dx[own:-2] == 4) and jnp.all(dx[-2:] == 0)
+    assert jnp.all(dweight[0] == jnp.inf) and jnp.all(dweight[1:] == jnp.asarray(sizes[1:])[:, None, None])
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_the_back_end_of_tpus_equals_the_oracle(transpose, monkeypatch):
+    """`lax.ragged_dot`, which XLA has for CPUs too: under `vmap`, and as if it did not write rows past the groups."""
+    original = lax.ragged_dot
+
+    def ragged_dot(x, weight, sizes, **options):
+        y = original(x, weight, sizes, **options)
+        return jnp.where(jnp.arange(len(x))[:, None] < jnp.sum(sizes), y, jnp.nan)
+
+    monkeypatch.setattr(lax, "ragged_dot", ragged_dot)
+    random = np.random.default_rng(5)
+    x, weight = random.normal(size=(2, 19, 7)), random.normal(size=(3, 6, 7))
+    x, weight = x.astype(np.float32), (weight.swapaxes(1, 2) if transpose else weight).astype(np.float32)
+    sizes = np.asarray([[5, 0, 9], [0, 19, 0]], np.int32)
+    found = jax.vmap(lambda x, sizes: _ragged_dot(x, weight, sizes, transpose=transpose))(x, sizes)
+    forwards = weight.swapaxes(1, 2) if transpose else weight
+    expected = jax.vmap(lambda x, sizes: grouped_matmul_oracle(x, jnp.asarray(forwards), sizes))(x, sizes)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("platform", "native"), [("tpu", 2), ("cuda", 0), ("cpu", 0), ("rocm", 0)])
+def test_which_back_end_a_platform_gets(platform, native):
+    """Of the three contractions two are XLA's `ragged_dot` on TPUs, which alone have it natively."""
+
+    def value(x, weight):
+        return jnp.sum(grouped_matmul(x, weight, jnp.asarray([9, 0, 10])) ** 2)
+
+    traced = jax.jit(jax.grad(value, (0, 1))).trace(jnp.ones((19, 7)), jnp.ones((3, 6, 7)))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count('"chlo.ragged_dot"(') == native
+
+
+@pytest.mark.parametrize("rows", [2, 11])
+def test_few_rows_copy_no_matrix_and_touch_no_other(rows):
+    """Each is multiplied from where its group's matrix lies; those of groups without rows hold NaN."""
+    weight = jnp.full((5, 96, 128), jnp.nan).at[1].set(1).at[3].set(2)
+    sizes = jnp.zeros(5, jnp.int32).at[1].set(1).at[3].set(rows - 1)
+    compiled = jax.jit(grouped_matmul).lower(jnp.ones((rows, 128)), weight, sizes).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < weight[0].nbytes
+    y = compiled(jnp.ones((rows, 128)), weight, sizes)
+    assert jnp.all(y[0] == 128) and jnp.all(y[1:] == 256)
+
+
 def test_bfloat16_accumulates_in_float32():
     x = jnp.ones((3, 4096), jnp.bfloat16)
     out = grouped_matmul(x, jnp.full((2, 1, 4096), 1 / 64, jnp.bfloat16), jnp.asarray([1, 2]))
@@ -105,6 +164,19 @@ def test_bfloat16_accumulates_in_float32():
     rows = jnp.zeros((301, 1), jnp.bfloat16).at[jnp.asarray([0, 1, 128, 129, 256]), 0].set(wide[wide != 0])
     _, pull = jax.vjp(lambda w: grouped_matmul(rows, w, jnp.asarray([301, 0, 0])), jnp.ones((3, 1, 1), jnp.bfloat16))
     assert pull(jnp.ones_like(rows))[0].ravel().tolist() == [512, 0, 0]
+
+
+@pytest.mark.parametrize("rows", [3, 301])
+def test_every_product_of_bfloat16_is_one_of_float32(rows):
+    """As it is written down: XLA's CPU back end would add in float32 unasked."""
+
+    def value(x, weight):
+        return jnp.sum(grouped_matmul(x, weight, jnp.asarray([1, rows - 2])))
+
+    inputs = jnp.ones((rows, 7), jnp.bfloat16), jnp.ones((2, 5, 7), jnp.bfloat16)
+    jaxpr = str(jax.make_jaxpr(jax.value_and_grad(value, (0, 1)))(*inputs))
+    products = jaxpr.count("dot_general[")
+    assert products >= 3 and len(re.findall(r"preferred_element_type=.*float32", jaxpr)) == products
 
 
 # (tokens, hidden, ffn, experts, k)
@@ -153,15 +225,25 @@ def test_clamped_swiglu_by_hand():
 
 @pytest.mark.parametrize("execution", [Grouped(), Dense()], ids=repr)
 def test_pairs_that_go_nowhere_add_nothing(execution, getkey):
-    """They are not run: their expert index may be anything to the matrices, and their input not even finite."""
+    """They are not run: their expert index may be anything to the matrices, their input and weight not even finite."""
     experts = draw_experts(5, 7, 11)
     x = jax.random.normal(getkey(), (1, 4, 7)).at[0, 3].set(jnp.inf)
-    weights = jnp.full((1, 4, 2), 0.5)
+    weights = jnp.full((1, 4, 2), 0.5).at[0, 1, 1].set(jnp.nan).at[0, 3].set(jnp.nan)
     chosen = jnp.asarray([[[0, 4], [1, 5], [5, 5], [5, 5]]])
     y, drops = execution(x, Routing(chosen, weights), experts, jnp.asarray([[True, True, True, False]]))
     alone, _ = execution(x[:, 1:2], Routing(chosen[:, 1:2, :1], weights[:, 1:2, :1]), experts, jnp.ones((1, 1), bool))
     np.testing.assert_allclose(y[0, 1], alone[0, 0], rtol=1e-5, atol=1e-6)
     assert jnp.all(y[0, 2:] == 0) and drops == 0
+
+
+@pytest.mark.parametrize("execution", [Grouped(), Dense()], ids=repr)
+def test_what_is_not_finite_stays_with_its_token(execution):
+    """With one expert of many at hand, pairs that go nowhere have no row of their own to read."""
+    x = jnp.ones((1, 5, 7)).at[0, -1].set(jnp.inf)
+    chosen = jnp.asarray([[[0, 1], [1, 0], [0, 1], [0, 1], [0, 1]]])
+    routing = Routing(chosen, jnp.full(chosen.shape, 0.5), num_experts=4)
+    y, _ = execution(x, routing, draw_experts(1, 7, 11), jnp.ones((1, 5), bool))
+    assert jnp.all(jnp.isfinite(y[0, :-1])) and not jnp.any(jnp.isfinite(y[0, -1]))
 
 
 def test_permuting_experts_permutes_nothing_else(getkey):

@@ -45,6 +45,21 @@ def test_dtypes(rows):
     np.testing.assert_array_equal(run(x, weight), exact.astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parts_are_smaller_than_what_is_written_down_first(dtype):
+    """16 KiB are the first row that is too large (docs/log.md); together the parts are the row."""
+    parts = []
+
+    def columns(start, size):
+        parts.append((start, size))
+        return jnp.ones((3, size), dtype)
+
+    x = jnp.ones((1, 20000), dtype)
+    assert jnp.all(row_in_parts(x, columns) == jnp.asarray(20000, dtype))
+    assert all(0 < size * x.dtype.itemsize < 1 << 14 for _, size in parts)
+    assert [start for start, _ in parts] == np.cumsum([0, *(size for _, size in parts)])[:-1].tolist()
+
+
 @pytest.mark.parametrize("where", [0, 4])
 def test_a_nan_is_not_lost(where):
     x, weight = whole_numbers((7,), (5, 7))

@@ -20,7 +20,7 @@ import eqx_moe
 from eqx_moe import train
 from eqx_moe.checkpoint import leaf_paths
 from eqx_moe.models import count_parameters, parse_config, skeleton
-from eqx_moe.nn.stack import Stack
+from eqx_moe.nn.stack import Stack, _pattern
 from eqx_moe.train import loop
 
 DEEP = dataclasses.replace(tiny.CONFIG, num_hidden_layers=2, router_jitter_noise=0.2)
@@ -70,6 +70,51 @@ def test_stacking_and_back_is_the_same_model(config, counts):
     assert_same(eqx_moe.unstack(stacked), model)
     assert eqx_moe.unstack(model) is model
     assert_same(eqx_moe.stack(stacked), stacked)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "taken"),
+    [
+        ("a", (1, 1)), ("ab", (1, 1)), ("aa", (1, 2)), ("abab", (2, 2)), ("ababa", (2, 2)), ("aaab", (1, 3)),
+        ("abbb", (1, 1)), ("aabaab", (1, 2)), ("abcabcab", (3, 2)), ("abaabaaba", (3, 3)), ("aabbaabb", (1, 2)),
+    ],
+)  # fmt: skip
+def test_the_pattern_is_the_one_with_most_repeats_and_the_shortest_of_these(kinds, taken):
+    """How many layers it has and how often they come, from the first one on."""
+    assert _pattern(list(kinds)) == taken
+
+
+def test_layers_that_differ_in_dtype_are_not_stacked():
+    """As a checkpoint is loaded with `dtype="auto"`: each keeps its own."""
+    model = tiny.model(dataclasses.replace(tiny.DENSE, num_hidden_layers=4))
+    model = eqx.tree_at(lambda m: m.layers[3].mlp.up.weight, model, replace_fn=lambda leaf: leaf.astype(jnp.bfloat16))
+    stacked = eqx_moe.stack(model)
+    assert [layer.count if isinstance(layer, Stack) else 1 for layer in stacked.layers] == [3, 1]
+    assert_same(eqx_moe.unstack(stacked), model)
+
+
+def test_routers_answer_in_the_order_of_the_layers():
+    """Two stacks, the second of a pattern of two: each layer's logits, drawn with its own key, are at its place."""
+    from cases import GPT_OSS
+
+    sliding, full, *_ = (
+        dataclasses.replace(layer, moe=dataclasses.replace(layer.moe, jitter=0.2))
+        for layer in draw(GPT_OSS[0].parsed).layers
+    )
+    model = draw(GPT_OSS[0].parsed)
+    scale = iter(range(1, 7))
+    layers = tuple(
+        eqx.tree_at(lambda b: b.moe.router.weight, layer, layer.moe.router.weight * next(scale))
+        for layer in (sliding, sliding, full, sliding, full, sliding)
+    )
+    model = dataclasses.replace(model, layers=layers)
+    stacked = eqx_moe.stack(model)
+    assert [(len(layer.blocks), layer.repeats) for layer in stacked.layers] == [(1, 2), (2, 2)]
+    forward = eqx.filter_jit(lambda model: model.forward(jnp.asarray([[3, 1, 4, 1, 5, 9, 2]]), key=jax.random.key(7)))
+    found, expected = forward(stacked), forward(model)
+    assert_close(found.hidden, expected.hidden)
+    assert len(found.router.logits) == 6
+    assert_close(found.router, expected.router)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a router decides (`Routing`) and what carries it out (`AbstractExecution`)."""
 
 import abc
+import math
 from typing import ClassVar, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -26,6 +27,12 @@ class Routing(eqx.Module):
     num_experts: int | None = eqx.field(static=True, default=None)
     shares: int = eqx.field(static=True, default=1)
     expected: int | None = eqx.field(static=True, default=None)
+
+
+def check_factor(factor: object, why: str) -> None:
+    """Raises `ValueError` unless `factor`, the size of buffers in units of a mean, is a finite number above zero."""
+    if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 < factor < math.inf:
+        raise ValueError(f"`factor` must be in (0, inf), an int or a float, {why}; got {factor!r}.")
 
 
 @runtime_checkable

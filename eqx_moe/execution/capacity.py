@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from eqx_moe.execution.base import AbstractExecution, ExpertFunction, Routing
+from eqx_moe.execution.base import AbstractExecution, ExpertFunction, Routing, check_factor
 from eqx_moe.execution.dense import batched_linear
 
 
@@ -41,9 +41,7 @@ class Capacity(AbstractExecution):
     by_row: ClassVar[bool] = True
 
     def __post_init__(self):
-        number = isinstance(self.factor, int | float) and not isinstance(self.factor, bool)
-        if not number or not 0 < self.factor < math.inf:
-            raise ValueError(f"`factor` must be in (0, inf), so that an expert has places; got {self.factor!r}.")
+        check_factor(self.factor, "so that an expert has places")
         if self.dropped not in ("zero", "residual"):
             raise ValueError(f"`dropped` must be one of ['zero', 'residual']; got {self.dropped!r}.")
 

@@ -15,11 +15,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from eqx_moe.execution.base import AbstractExecution, ExpertFunction, Routing
+from eqx_moe.execution.base import AbstractExecution, ExpertFunction, Routing, check_factor
 from eqx_moe.execution.exchange import departures, ragged, seat_of, seats
 from eqx_moe.execution.grouped import Grouped
 from eqx_moe.execution.layout import Layout, like_input, sum_over
-from eqx_moe.sharding import EXPERT, check_mesh
+from eqx_moe.sharding import EXPERT, check_devices
 
 #: The names (`jax.ad_checkpoint.checkpoint_name`) of what collectives bring to the experts and back.
 DISPATCHED, COMBINED = "moe_dispatched", "moe_combined"
@@ -64,11 +64,14 @@ class ExpertParallel(AbstractExecution):
     factor: float | int | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "mesh", check_mesh(self.mesh))
+        object.__setattr__(self, "mesh", check_devices(self.mesh))
         if self.method not in _METHODS:
             raise ValueError(f"`method` must be one of {list(_METHODS)}; got {self.method!r}.")
-        if isinstance(self.inner, ExpertParallel):
-            raise ValueError("`inner` must be an execution for one device; got an `ExpertParallel` in another.")
+        if not isinstance(self.inner, AbstractExecution) or isinstance(self.inner, ExpertParallel):
+            raise ValueError(
+                "`inner` must be an execution for one device, an object such as `eqx_moe.execution.Grouped()`; got "
+                f"{'an `ExpertParallel` in another' if isinstance(self.inner, ExpertParallel) else repr(self.inner)}."
+            )
         if self.inner.by_row and self.method != "ring":
             raise ValueError(
                 f"`inner={self.inner}` looks at whole rows, which `method={self.method!r}` takes apart. Use 'ring'."
@@ -78,8 +81,8 @@ class ExpertParallel(AbstractExecution):
                 f"`factor` is the size of the buffers of `method='all_to_all'`; got factor={self.factor} with "
                 f"method={self.method!r}, which has none."
             )
-        if self.factor is not None and not 0 < self.factor < math.inf:
-            raise ValueError(f"`factor` must be in (0, inf), or None to drop nothing; got {self.factor}.")
+        if self.factor is not None:
+            check_factor(self.factor, "or None to drop nothing")
         if self.method == "ragged_all_to_all" and self.mesh.devices.flat[0].platform in _WITHOUT_RAGGED:
             raise ValueError(
                 f"`method={self.method!r}` does not exist on the platform of `mesh`, "

@@ -89,6 +89,10 @@ class Decoder(eqx.Module):
         """
         if tokens.size == 0:
             raise ValueError(f"`tokens` must hold at least one token; got an array of shape {tokens.shape}.")
+        for name, given in (("positions", positions), ("segment_ids", segment_ids)):
+            # Of another shape and the same size they would be taken for other tokens'.
+            if given is not None and given.shape != tokens.shape:
+                raise ValueError(f"`{name}` must have the shape of `tokens`; got {given.shape} and {tokens.shape}.")
         _refuse_bad_ids(tokens, self.embed.weight.shape[0])
         if cache is not None:
             self._refuse_stacks("decode with a cache")
@@ -180,6 +184,8 @@ class Decoder(eqx.Module):
         Rotary embeddings that go by a row's length take it from `cache.lengths`, which starts as `length` for every
         row: with them, make the cache as long as the rows will be, or set `lengths` to what they will be.
         """
+        if batch < 1 or length < 1:
+            raise ValueError(f"`batch` and `length` must be at least 1; got {batch=} and {length=}.")
         self._refuse_stacks("make a cache")
         dtype = self.embed.weight.dtype
         layers = tuple(layer.attention.init_cache(batch, length, dtype, self.mesh) for layer in self.layers)

@@ -29,6 +29,15 @@ class MoE(eqx.Module):
     execution: AbstractExecution = eqx.field(static=True, kw_only=True)
     jitter: float = eqx.field(static=True, default=0.0, kw_only=True)
 
+    def __check_init__(self):
+        if not isinstance(self.execution, AbstractExecution):
+            raise ValueError(
+                "`execution` must be an object such as `eqx_moe.execution.Grouped()`; got "
+                f"{self.execution!r}. `eqx_moe.execution.resolve` makes one of a name."
+            )
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"`jitter` must be in [0, 1), so that inputs keep their sign; got {self.jitter}.")
+
     def __call__(
         self,
         x: Float[Array, "batch seq hidden"],
@@ -47,6 +56,12 @@ class MoE(eqx.Module):
             noise = jax.random.uniform(key, x.shape, jnp.float32, 1 - self.jitter, 1 + self.jitter)
             x = (x * noise).astype(x.dtype)
         logits = self.router.logits(x)
+        # A router that scores more experts than there are would send tokens nowhere.
+        if logits.shape[-1] != self.experts.num_experts:
+            raise ValueError(
+                f"`router` and `experts` must have the same number of experts; got {logits.shape[-1]} and "
+                f"{self.experts.num_experts}."
+            )
         routing = self.router.route(logits)
         # Padding goes nowhere: it costs no work and takes no capacity.
         visits = jnp.where(mask[:, :, None], routing.experts, self.experts.num_experts)

@@ -136,13 +136,18 @@ def updated_selection_bias(
     1e-3. `tokens_per_expert` counts a whole training batch, as `RouterStats` does. Changes no other weight and needs no
     gradient: apply it beside the optimizer's update.
     """
+    if bias.shape != tokens_per_expert.shape:
+        raise ValueError(
+            f"`bias` and `tokens_per_expert` must have an entry for each expert; got {bias.shape} and "
+            f"{tokens_per_expert.shape}."
+        )
     load = tokens_per_expert.astype(jnp.float32)
     return bias.astype(jnp.float32) + rate * jnp.sign(jnp.mean(load) - load)
 
 
 def _check(k: int, experts: int) -> None:
-    if not 1 <= k <= experts:
-        raise ValueError(f"`k` must be in [1, experts]; got {k=} and {experts=}.")
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= experts:
+        raise ValueError(f"`k` must be an integer in [1, experts]; got {k=} and {experts=}.")
 
 
 def _check_groups(k: int, experts: int, groups: int, kept_groups: int) -> None:

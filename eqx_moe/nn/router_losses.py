@@ -18,7 +18,10 @@ def load_balancing_loss(
     are pooled over layers before the product, and the choices are the k most probable of a softmax, whatever rule the
     router goes by. f sums to k, so that uniform routing gives k.
     """
+    _refuse_none(logits)
     experts = logits[0].shape[-1]
+    if not 1 <= k <= experts:
+        raise ValueError(f"`k` must be in [1, experts]; got {k=} and {experts=}.")
     shares, probabilities = zip(*(_pooled(layer, _top_k(layer, k), mask) for layer in logits), strict=True)
     return experts * jnp.sum(sum(shares) * sum(probabilities)) / len(logits) ** 2
 
@@ -34,6 +37,11 @@ def switch_load_balancing_loss(
     probability. f sums to 1 (the paper has k = 1), so that uniform routing gives 1. The paper adds the losses of all
     layers: take the sum. The mean makes a coefficient mean the same at every depth.
     """
+    _refuse_none(logits)
+    if len(logits) != len(choices):
+        raise ValueError(
+            f"`logits` and `choices` must have an array for each layer; got {len(logits)} and {len(choices)} of them."
+        )
     losses = []
     for layer, chosen in zip(logits, choices, strict=True):
         experts, k = layer.shape[-1], chosen.shape[-1]
@@ -50,7 +58,13 @@ def router_z_loss(
     It keeps logits small, where float32 and a softmax are accurate. The coefficient there is 1e-3, and the losses of
     all layers are added: take the sum.
     """
+    _refuse_none(logits)
     return jnp.stack([_mean(jax.nn.logsumexp(layer, axis=-1)[..., None] ** 2, mask)[0] for layer in logits])
+
+
+def _refuse_none(logits) -> None:
+    if not logits:
+        raise ValueError("`logits` must have an array for each mixture-of-experts layer; got 0, as of a dense model.")
 
 
 def _top_k(logits, k: int):
