@@ -46,6 +46,18 @@ def data() -> pathlib.Path:
 
 
 @pytest.fixture
+def run(capsys):
+    """Runs a line of the command `eqx-moe`; gives its status, stdout and stderr."""
+    from eqx_moe.cli import main
+
+    def run(*arguments) -> tuple[int, str, str]:
+        status = main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A Hub on this machine, to which the client in this process talks, with a cache of its own. Waiting is cut short:
     `hub.naps` has the seconds that were asked for."""

@@ -31,17 +31,6 @@ def text(tmp_path):
     return file
 
 
-@pytest.fixture
-def run(capsys):
-    """Runs a command line; gives its status, stdout and stderr."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        status = main([str(argument) for argument in arguments])
-        return status, *capsys.readouterr()
-
-    return run
-
-
 def assert_short(err: str, *parts: str):
     """An error in one short paragraph."""
     assert err.startswith("eqx-moe: ") and "Traceback" not in err and "\n\n" not in err and len(err) < 1000

@@ -1,5 +1,6 @@
 """`eqx-moe tokenizer`: what it writes, how it goes on after an interruption, and how it fails."""
 
+import functools
 import json
 import re
 import subprocess
@@ -8,21 +9,14 @@ import sys
 import pytest
 from tokenizers import Tokenizer
 
-from eqx_moe.cli import main
 from eqx_moe.tokenizer import train_bpe
 
 SHORT = "It's 1234 o'clock! Naïve café, 日本語の文章です。\nHe said: 'We'll see'\r\n" * 5
 
 
 @pytest.fixture
-def run(capsys):
-    """Runs a command line; gives its status, stdout and stderr."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        status = main(["tokenizer", *(str(argument) for argument in arguments)])
-        return status, *capsys.readouterr()
-
-    return run
+def run(run):
+    return functools.partial(run, "tokenizer")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Counting that is interrupted goes on where it was, and gives the same counts."""
 
+import functools
 import gzip
 import importlib.util
 import random
@@ -14,7 +15,6 @@ import pytest
 from test_tokenizer_counts import hard_text
 from tokenizers import Tokenizer
 
-from eqx_moe.cli import main
 from eqx_moe.errors import DataError
 from eqx_moe.tokenizer import count, resuming, train_bpe
 from eqx_moe.tokenizer.count import PATTERNS, START, count_files, count_parts
@@ -109,12 +109,8 @@ def test_progress_goes_on_too(files, lines):
 
 
 @pytest.fixture
-def run(capsys):
-    def run(*arguments) -> tuple[int, str, str]:
-        status = main(["tokenizer", *(str(argument) for argument in arguments)])
-        return status, *capsys.readouterr()
-
-    return run
+def run(run):
+    return functools.partial(run, "tokenizer")
 
 
 @pytest.fixture
