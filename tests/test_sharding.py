@@ -184,8 +184,9 @@ def test_loss_and_gradients_on_8_devices(on_one, family, shape):
     ],
     ids=str,
 )
-def test_loss_and_gradients_on_fewer_devices(on_one, shape, names):
-    check_loss_and_gradients(on_one["mixtral"], meshes.mesh(shape, names))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_on_fewer_devices(on_one, family, shape, names):
+    check_loss_and_gradients(on_one[family], meshes.mesh(shape, names))
 
 
 @pytest.mark.full
