@@ -72,9 +72,11 @@ def config_of(params: Mapping[str, Any], file: str) -> Any:
             code="CFG-VALUE", doing=_DOING, file=file, item=item, expected=expected, found=found, fix=fix
         )
 
+    said: dict[str, str] = {}
     if "hidden_size" in params:
-        params = _renamed(params)
-    missing = sorted({"dim", "n_layers", "hidden_dim", "n_heads", "norm_eps", "vocab_size"} - params.keys())
+        params, said = _renamed(params), _KEYS
+    needed = {"dim", "n_layers", "hidden_dim", "n_heads", "norm_eps", "vocab_size"}
+    missing = sorted(said.get(key, key) for key in needed - params.keys())
     if missing:
         raise CheckpointError(
             code="CFG-MISSING",
@@ -111,8 +113,8 @@ def config_of(params: Mapping[str, Any], file: str) -> Any:
 
 
 def _renamed(params: Mapping[str, Any]) -> dict[str, Any]:
-    """params.json of the first files in the later ones' names; two experts a token go without saying there."""
-    result = {_FIRST_KEYS.get(key, key): value for key, value in params.items()}
+    """params.json of the first files in the later ones' names; two experts a token, and theta, need not be said."""
+    result = {"rope_theta": 1e4} | {_FIRST_KEYS.get(key, key): value for key, value in params.items()}
     experts, per_token = result.pop("num_local_experts", None), result.pop("num_experts_per_tok", 2)
     return result if experts is None else result | {"moe": {"num_experts": experts, "num_experts_per_tok": per_token}}
 

@@ -154,6 +154,18 @@ def test_first_files_that_are_not_whole(tmp_path, change, code, item):
     assert (caught.value.code, caught.value.item) == (code, item)
 
 
+def test_what_the_first_params_do_not_say():
+    """A theta that is not there is 1e4, with a window and without, as in transformers' converter."""
+    params = {key: value for key, value in FIRST_PARAMS.items() if key != "rope_theta"}
+    for changed in ({}, {"sliding_window": None}):
+        config = mistral.config_of(params | changed, "params.json")
+        assert (config.rope_parameters.rope_theta, config.num_experts_per_tok) == (1e4, 2)
+    del params["rms_norm_eps"]
+    with pytest.raises(CheckpointError) as caught:
+        mistral.config_of(params, "params.json")
+    assert (caught.value.code, caught.value.item) == ("CFG-MISSING", "rms_norm_eps")
+
+
 def test_scores_of_attention_are_theirs():
     """q . k after rotation, in pairs as complex numbers (theirs) and in halves (ours): the same."""
     rng, heads, size, hidden = np.random.default_rng(8), 3, 8, 5

@@ -1,5 +1,6 @@
 """Quantised containers: the decoders against loops over single values, and reading a model that has them."""
 
+import dataclasses
 import json
 
 import converting
@@ -150,6 +151,56 @@ def test_scales_that_do_not_belong_are_refused(tmp_path):
     refused("ST-SHAPE", {**tensors, name: np.ones((2, 1), np.float32)})
     refused("ST-DTYPE", {**tensors, name: np.ones((1, 1), FP8)})
     refused("ST-DTYPE", {key: value for key, value in tensors.items() if key != name})
+
+
+@pytest.fixture
+def tied(tmp_path):
+    """A model whose embedding is in FP8, what loads it with a second copy as its head, and the embedding's values."""
+    converting.write(tmp_path, dataclasses.replace(converting.DENSE, vocab_size=131, tie_word_embeddings=True))
+    tensors = {name: tensor.astype(BF16) for name, tensor in safetensors.numpy.load_file(tmp_path / SINGLE).items()}
+    name = "model.embed_tokens.weight"
+    codes, scales = random_fp8(np.random.default_rng(9), *tensors[name].shape)
+    assert scales.shape == (2, 1)
+
+    def load(head, its_scales=None):
+        copies = {name: codes, f"{name}_scale_inv": scales, "lm_head.weight": head}
+        if its_scales is not None:
+            copies["lm_head.weight_scale_inv"] = its_scales
+        write(tmp_path / SINGLE, tensors | copies)
+        return eqx_moe.from_pretrained(tmp_path, dtype="auto")
+
+    return load, codes, scales, decode_fp8(codes, scales)
+
+
+def test_a_tied_head_in_fp8_has_the_values_of_the_embedding(tied):
+    """Whatever codes and scales say them."""
+    load, codes, scales, values = tied
+    doubled = (codes.astype(np.float32) * 2).astype(FP8)
+    assert np.array_equal(doubled.astype(np.float32), codes.astype(np.float32) * 2)
+    for head in ((codes, scales), (doubled, scales / 2), (values,)):
+        model = load(*head)
+        assert model.head is None and np.asarray(model.embed.weight).tobytes() == values.tobytes()
+
+
+def test_a_tied_head_in_fp8_that_differs_is_refused(tied):
+    load, codes, scales, values = tied
+    other, last = codes.copy(), scales.copy()
+    other[-1, -1], last[-1] = -other[-1, -1], last[-1] * 2
+    refused = [((other, scales), f"at byte {values.nbytes - 1}"), ((codes, last), ""), ((values[::-1].copy(),), "")]
+    for head, found in refused:
+        with pytest.raises(CheckpointError) as caught:
+            load(*head)
+        assert (caught.value.code, caught.value.item) == ("ST-TIED", "lm_head.weight")
+        assert caught.value.found.endswith(found)
+
+
+def test_a_tied_head_in_a_dtype_that_no_weight_has_is_refused_for_that(tied):
+    load, codes, _, _ = tied
+    for head in (codes, codes.view(np.uint8)):
+        with pytest.raises(CheckpointError) as caught:
+            load(head)
+        assert (caught.value.code, caught.value.item) == ("ST-DTYPE", "lm_head.weight")
+        assert "BF16" in caught.value.expected
 
 
 def test_a_deepseek_in_fp8_with_edges_and_a_module_that_predicts_ahead(tmp_path):

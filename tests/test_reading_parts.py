@@ -4,6 +4,7 @@ import itertools
 import os
 import pathlib
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -275,3 +276,25 @@ def test_parts_that_make_up_one_box():
 def test_a_range_with_steps_meets_one_without(start, stop, step, first, last):
     along, within = range(start, stop, step), range(first, last)
     assert list(along[boxes.meeting(along, within)]) == [place for place in along if place in within]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_after_an_error_no_more_is_read(tmp_path, monkeypatch, error):
+    """What is being read ends; what waits for a thread does not begin."""
+    save_leaves(tmp_path, {"w": np.ones((97, 8, 3), np.float32)}, (Name("w", "w.{e}"),))
+    read, really = [], filling.read_values
+
+    def slowly(*args):
+        read.append(args)
+        if len(read) == 2:
+            raise error
+        time.sleep(0.01)
+        really(*args)
+
+    monkeypatch.setattr(filling, "read_values", slowly)
+    monkeypatch.setattr(reader, "_LEAST_SHARED_OUT", 1)
+    with pytest.raises(error):
+        load_leaves(
+            tmp_path, {"w": jax.ShapeDtypeStruct((97, 8, 3), np.float32)}, {"one": (Name("w", "w.{e}"),)}, skipped=()
+        )
+    assert len(read) < 40

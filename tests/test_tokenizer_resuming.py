@@ -3,6 +3,7 @@
 import functools
 import gzip
 import importlib.util
+import os
 import random
 import signal
 import subprocess
@@ -186,6 +187,15 @@ def test_an_error_says_that_counts_are_kept(run, tmp_path, files, starts):
     (tmp_path / "f.txt").write_text("abc")
     status, _, err = run(*arguments)
     assert status == 0 and starts[1] > 0
+
+
+def test_a_file_that_is_gone_meanwhile(run, files, tmp_path, starts):
+    arguments = ["count", *files, "--out", tmp_path / "c.counts"]
+    starts.stop = 1
+    assert run(*arguments)[0] == 130
+    os.remove(files[-1])
+    status, _, err = run(*arguments)
+    assert status == 1 and "DATA-FILE" in err and "c.counts.unfinished" in err
 
 
 @pytest.mark.parametrize("seed", [1, 2, *(pytest.param(k, marks=pytest.mark.full) for k in range(3, 41))])

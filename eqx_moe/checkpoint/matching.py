@@ -58,7 +58,7 @@ def match(
     found = (
         _unmatched(tensors, stored, extra),
         _misshapen(tensors, stored, aliases),
-        _odd_dtypes(stored, tensors),
+        _odd_dtypes(tensors, stored, aliases),
         _unequal_dtypes(_twins(tensors, aliases, stored, one_dtype), stored),
     )
     problems = [problem for each in found for problem in itertools.islice(each, MOST_PROBLEMS)]
@@ -109,8 +109,10 @@ def _misshapen(
             yield _Problem("ST-SHAPE", name, f"the shape {shape}", f"{found}{hint}", fix)
 
 
-def _odd_dtypes(stored: Mapping[str, Stored], tensors: Mapping[str, Tensor]) -> Iterator[_Problem]:
-    for name in tensors.keys() & stored.keys():
+def _odd_dtypes(
+    tensors: Mapping[str, Tensor], stored: Mapping[str, Stored], aliases: Mapping[str, str]
+) -> Iterator[_Problem]:
+    for name in (tensors.keys() | aliases.keys()) & stored.keys():
         dtype = stored[name].entry.dtype
         if dtype not in WEIGHT_DTYPES:
             hint = " (quantised, but not FP8 with its scales)" if dtype[:2] in ("F8", "F6", "F4", "U8") else ""

@@ -143,9 +143,13 @@ def _run(pool: concurrent.futures.Executor, pieces: list[tuple[int, Callable[[],
             yield size
         return
     running = [(size, pool.submit(read)) for size, read in pieces]
-    for size, done in running:
-        done.result()
-        yield size
+    try:
+        for size, done in running:
+            done.result()
+            yield size
+    finally:  # After an error, or Ctrl-C, the pool would read all the rest before it ends.
+        for _, done in running:
+            done.cancel()
 
 
 def _boxes(shape: tuple[int, ...], sharding: Sharding) -> list[Box]:

@@ -25,7 +25,7 @@ def add_commands(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> 
         "train",
         _train,
         "Train a tokenizer, with the vocabulary and merges of Hugging Face's trainer. If it is interrupted, the same "
-        "command goes on from the files that are counted.",
+        "command goes on from what is counted.",
         [
             "eqx-moe tokenizer train books/*.txt --vocab-size 32000 --pattern llama3 --out tokenizer.json",
             "eqx-moe tokenizer train a.txt.gz b.txt --special-tokens '<s>' '</s>' --eos-token '</s>' --out folder",
@@ -64,7 +64,7 @@ def add_commands(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> 
         "count",
         _count,
         "Count the words of texts, to be trained from later or elsewhere. If it is interrupted, the same command goes "
-        "on from the files that are counted.",
+        "on from what is counted.",
         ["eqx-moe tokenizer count part-00*.txt --pattern llama3 --out part-00.counts"],
     )
     count.add_argument("files", nargs="+", metavar="FILE", help=_FILES)

@@ -19,6 +19,7 @@ from eqx_moe.errors import DataError
 from eqx_moe.tokenizer.count import START, Place, count_parts
 from eqx_moe.tokenizer.counts import WordCounts
 from eqx_moe.tokenizer.counts_file import Counted, add_counts, read_counts, write_counts
+from eqx_moe.tokenizer.sources import files_size
 
 #: After how many bytes of files their counts are saved. Ctrl-C saves them too; this is for machines that stop.
 _EVERY = 1 << 30
@@ -53,7 +54,7 @@ def counted_files(
             place, words = kept
             parts.append(words)
         if parts:
-            done, size = (tqdm.format_sizeof(bytes, "B") for bytes in (place.done, sum(map(os.path.getsize, files))))
+            done, size = (tqdm.format_sizeof(bytes, "B") for bytes in (place.done, files_size(files)))
             print(f"{done} of {size} were counted before: {state}", file=sys.stderr)
         for end, words in count_parts(
             files, pattern, every=_EVERY, start=place, lines=lines, threads=threads, max_memory=max_memory
