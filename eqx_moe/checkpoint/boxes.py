@@ -42,6 +42,12 @@ def around(*boxes: Box) -> Box:
     )
 
 
+def inside(box: Box, outer: Box) -> tuple[slice, ...]:
+    """A box in an array that has what is in another, around it."""
+    pairs = zip(box, outer, strict=True)
+    return tuple(slice(along.start - by.start, along.stop - by.start, along.step) for along, by in pairs)
+
+
 def common(one: Box, other: Box) -> int:
     """How many elements two boxes without steps share."""
     pairs = zip(one, other, strict=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from eqx_moe.checkpoint.boxes import Box, around, brought, lengths, meeting, pieces, size, united, whole
+from eqx_moe.checkpoint.boxes import Box, around, brought, inside, lengths, meeting, pieces, size, united, whole
 from eqx_moe.checkpoint.dtypes import DTYPES, WEIGHT_DTYPES, cast
 from eqx_moe.checkpoint.names import Tensor
 from eqx_moe.checkpoint.shards import Stored
@@ -56,7 +56,7 @@ def _read_piece(tensor: Tensor, stored: Stored, piece: Box, targets: list[tuple[
     values = np.empty(lengths(piece), first.dtype)
     read_values(stored, piece, values, tensor.name)
     for box, target in targets:
-        target[...] = values[_inside(box, piece)]
+        target[...] = values[inside(box, piece)]
 
 
 def read_values(stored: Stored, box: Box, target: np.ndarray, name: str) -> None:
@@ -73,7 +73,7 @@ def read_values(stored: Stored, box: Box, target: np.ndarray, name: str) -> None
     for piece in pieces(box, stored.entry.shape, _BLOCK):
         values = scratch[: size(piece)].reshape(lengths(piece))
         stored.read(piece, values)
-        if not cast(values, target[_inside(piece, box)]):
+        if not cast(values, target[inside(piece, box)]):
             raise CheckpointError(
                 code="ST-RANGE",
                 doing="reading weights",
@@ -83,12 +83,6 @@ def read_values(stored: Stored, box: Box, target: np.ndarray, name: str) -> None
                 found=f"{np.nanmax(np.abs(values.astype(np.float32))):g}",
                 fix="load in bfloat16 or float32",
             )
-
-
-def _inside(box: Box, outer: Box) -> tuple[slice, ...]:
-    """A box in an array that has what is in another, around it."""
-    pairs = zip(box, outer, strict=True)
-    return tuple(slice(along.start - by.start, along.stop - by.start, along.step) for along, by in pairs)
 
 
 def check_equal(stored: Stored, original: Stored, name: str, original_name: str) -> None:

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from eqx_moe.checkpoint.boxes import Box, lengths, pieces
+from eqx_moe.checkpoint.boxes import Box, inside, lengths, pieces
 from eqx_moe.checkpoint.header import Entry
 from eqx_moe.checkpoint.shards import Stored
 from eqx_moe.errors import CheckpointError
@@ -161,8 +161,7 @@ def _decoding(stored: Stored, shape: tuple[int, ...], decode: Callable[[Box], np
 
     def read(box: Box, target: np.ndarray) -> None:
         for piece in pieces(box, shape, _PIECE):
-            here = (slice(p.start - b.start, p.stop - b.start) for p, b in zip(piece, box, strict=True))
-            target[tuple(here)] = decode(piece)
+            target[inside(piece, box)] = decode(piece)
 
     entry = Entry("BF16", shape, 0, math.prod(shape) * _DECODED.itemsize)
     return Stored(stored.file, stored.path, entry, read)

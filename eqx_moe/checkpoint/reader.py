@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
-from eqx_moe.checkpoint.boxes import Box, common, lengths, make_one, size, united, whole
+from eqx_moe.checkpoint.boxes import Box, common, inside, lengths, make_one, size, united, whole
 from eqx_moe.checkpoint.checksums import verify_checksums
 from eqx_moe.checkpoint.dtypes import WEIGHT_DTYPES, target_dtype, weight_dtype
 from eqx_moe.checkpoint.filling import check_equal, reads
@@ -105,7 +105,7 @@ def load_leaves(
                 targets = {path: target_dtype(path, source, named, keep_fp32) for path in paths}
                 mapped = _mapped(paths, group, stored, leaves, targets, maps)
                 if mapped is not None:
-                    buffers = {paths[0]: [mapped[_slices(box)] for box in boxes[paths[0]]]}
+                    buffers = {paths[0]: [mapped[inside(box, whole(mapped.shape))] for box in boxes[paths[0]]]}
                     bar.update(sum(buffer.nbytes for buffer in buffers[paths[0]]))
                 else:
                     buffers = {p: [aligned_empty(lengths(box), targets[p]) for box in boxes[p]] for p in paths}
@@ -162,10 +162,6 @@ def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
     return tuple(range(*along.indices(length)) for along, length in zip(index, shape, strict=True))
 
 
-def _slices(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(along.start, along.stop) for along in box)
-
-
 def _held(tensor: Tensor, boxes: Mapping[str, list[Box]]) -> Iterator[tuple[int, int, Box]]:
     """What of a tensor is held: the number of a part, that of a box of its leaf, and this as a box of the part."""
     for number, part in enumerate(tensor.parts):
@@ -192,7 +188,7 @@ def _put(boxes: list[Box], buffers: list[np.ndarray], shape: tuple[int, ...], sh
         box = _box(index, shape)
         held = zip(boxes, buffers, strict=True)
         around, buffer = next((b, values) for b, values in held if common(box, b) == size(box))
-        view = buffer[tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(box, around, strict=True))]
+        view = buffer[inside(box, around)]
         # A map costs no memory, so that any part of it may keep all of it alive.
         if view.flags.c_contiguous and (view.shape == buffer.shape or not buffer.flags.writeable):
             return view
