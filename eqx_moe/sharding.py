@@ -266,8 +266,8 @@ def rows_sharding(mesh: AnyMesh, rows: int, *others: str | None) -> NamedShardin
     return NamedSharding(mesh, PartitionSpec(rows_axes(mesh, rows) or None, *others))
 
 
-def cache_sharding(mesh: Mesh | None, rows: int, kv_heads: int) -> NamedSharding | None:
-    """Where the keys and values of a cache go, [rows, kv_heads, length, head_dim]."""
+def heads_sharding(mesh: Mesh | None, rows: int, kv_heads: int) -> NamedSharding | None:
+    """Where keys and values go, [rows, kv_heads, length, head_dim], and the queries that read them."""
     if mesh is None:
         return None
     whole = kv_heads % mesh.shape.get(TENSOR, 1) or TENSOR not in mesh.shape

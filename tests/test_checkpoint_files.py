@@ -14,8 +14,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import tqdm
 
-from eqx_moe.checkpoint import Name, leaf_paths, load_leaves, plan, save_leaves
+from eqx_moe.checkpoint import Name, leaf_paths, load_leaves, plan, reader, save_leaves, writer
 from eqx_moe.checkpoint.dtypes import WEIGHT_DTYPES
 from eqx_moe.checkpoint.header import read_header
 from eqx_moe.checkpoint.reader import aligned_empty
@@ -391,3 +392,23 @@ def test_mutated_files_are_refused_or_read_as_safetensors_reads_them(tmp_path):
             name: (entry.dtype, entry.shape, bytes(raw[entry.start : entry.stop])) for name, entry in entries.items()
         }
     assert accepted > 20
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("module, doing", [(writer, "saving"), (reader, "loading")])
+def test_the_bar_counts_every_byte_once(tmp_path, monkeypatch, layout, module, doing):
+    shown, tree = [], leaves()
+
+    def progress(*given):
+        shown.append((*given, bar := tqdm.tqdm(total=given[1], disable=True)))
+        bar.update = lambda n: shown.append(n)
+        return bar
+
+    monkeypatch.setattr(module, "progress", progress)
+    save_leaves(tmp_path, tree, LAYOUTS[layout], max_shard_size=500)
+    load(tmp_path, tree)
+    (what, total, _), *steps = shown
+    size = sum(leaf.nbytes for leaf in tree.values())
+    written = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors*"))  # headers and index are a part of it
+    assert (what, total) == (doing, size)
+    assert sum(steps) == (written if doing == "saving" else size)

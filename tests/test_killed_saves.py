@@ -58,6 +58,7 @@ def run_and_kill(savers: subprocess.Popen, order: bytes, rng: random.Random) -> 
     lines = rng.randrange(40)
     while said.count(b"\n") < lines:
         said += heard(savers)
+        assert not said.endswith(b"died\n"), "the saver died of itself"
     time.sleep(rng.uniform(0, 0.004))
     os.kill(process, signal.SIGKILL)
     while not said.endswith(b"died\n"):

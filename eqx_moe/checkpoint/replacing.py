@@ -13,6 +13,7 @@ import io
 import json
 import os
 import pathlib
+import queue
 import re
 import secrets
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,7 @@ from typing import NoReturn
 
 from eqx_moe.checkpoint.files import exists, open_plain, plain_name
 from eqx_moe.checkpoint.jsonfile import JSONProblem, parse_object
-from eqx_moe.checkpoint.shards import JOURNAL, WEIGHTS
+from eqx_moe.checkpoint.shards import JOURNAL, WEIGHTS, threads
 from eqx_moe.errors import CheckpointError
 
 try:
@@ -31,6 +32,7 @@ except ImportError:  # Windows: nothing is locked, and what a killed process has
 _LAST, _ALIVE = "config.json", "alive"
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{16})\.tmp")
 _MAX_JOURNAL = 8_000_000  # bytes
+_AT_ONCE = 1 << 20  # bytes that a sum is taken of at a time; they stay in a core's own cache
 _DOING = "finishing a save that was killed"
 _FIX = "load from the folder once where it may be written to; or take the model from elsewhere and save it again"
 
@@ -51,8 +53,9 @@ class Replacing:
         self._token = secrets.token_hex(8)
         self._names: list[str] = []
         self._committed = False
-        # The disk writes one file while the next is handed to the system; and sums are taken meanwhile.
-        self._disk, self._sums = (concurrent.futures.ThreadPoolExecutor(1) for _ in range(2))
+        # The disk writes one file while the next is handed to the system. Sums follow behind, of several files at once:
+        # a core takes longer for them than for the writing.
+        self._disk, self._sums = (concurrent.futures.ThreadPoolExecutor(count) for count in (1, threads()))
         self._synced: list[concurrent.futures.Future[None]] = []
 
     def __enter__(self) -> "Replacing":
@@ -73,28 +76,26 @@ class Replacing:
         self._path(_ALIVE).unlink(missing_ok=True)
         os.close(self._alive)
 
-    def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> str:
-        """Writes a file under a temporary name, on the disk by the time of `commit`; returns its sha256."""
+    def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> concurrent.futures.Future[str]:
+        """Writes a file under a temporary name, on the disk by the time of `commit`; gives its sha256, once known."""
         self._names.append(name)
         # 0o666: the mode is the umask's to decide, as for any file that a program writes.
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        sha256, summed = hashlib.sha256(), None
         file = open(os.open(self._path(name), flags, 0o666), "wb")  # closed once it is on the disk
+        written: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        sha256 = self._sums.submit(_sha256, self._path(name), written)
         try:
             for piece in pieces:
-                # One piece is in memory besides the one that comes next.
-                before, summed = summed, self._sums.submit(sha256.update, piece)
                 file.write(piece)
-                if before is not None:
-                    before.result()
-            file.flush()
+                file.flush()
+                written.put(len(piece))
         except BaseException:
             file.close()
             raise
+        finally:
+            written.put(None)
         self._synced.append(self._disk.submit(_sync_and_close, file))
-        if summed is not None:
-            summed.result()
-        return sha256.hexdigest()
+        return sha256
 
     def commit(self, stale: Iterable[str]) -> None:
         """Puts all that was written in place, and removes the files of weights `stale`.
@@ -245,6 +246,23 @@ def _try_lock(handle: int) -> bool:
 
 def _temporary(folder: pathlib.Path, name: str, token: str) -> pathlib.Path:
     return folder / f".{name}.{token}.tmp"
+
+
+def _sha256(path: pathlib.Path, written: "queue.SimpleQueue[int | None]") -> str:
+    """The sha256 of a file that is being written: of so many bytes more at a time, until None.
+
+    They are read back, out of the system's cache, so that what waits to be summed takes no memory of this process.
+    """
+    sha256, buffer = hashlib.sha256(), memoryview(bytearray(_AT_ONCE))
+    with open(path, "rb", buffering=0) as file:
+        for left in iter(written.get, None):
+            while left:
+                count = file.readinto(buffer[: min(left, len(buffer))])
+                if not count:
+                    raise OSError(f"{path} has become shorter while it was written")
+                sha256.update(buffer[:count])
+                left -= count
+    return sha256.hexdigest()
 
 
 def _sync_and_close(file: io.BufferedWriter) -> None:

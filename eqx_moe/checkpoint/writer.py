@@ -79,7 +79,7 @@ def save_leaves(
             sums = {name: new.write(name, _counted(content(), bar)) for name, content in contents.items()}
             for name, content in (other_files or {}).items():
                 new.write(name, (content,))
-            new.write(CHECKSUMS, (checksums_json(sums),))
+            new.write(CHECKSUMS, (checksums_json({name: sum.result() for name, sum in sums.items()}),))
             there = [entry.name for entry in folder.iterdir() if not entry.is_dir()]
             new.commit([name for name in there if WEIGHTS.fullmatch(name) and name not in sums])
     else:
@@ -223,11 +223,11 @@ def _counted(pieces: Iterable[bytes | memoryview], bar: tqdm) -> Iterator[bytes 
 
 def _strided(tensor: Tensor, blocks: list[np.ndarray], dtype: np.dtype, file: str) -> memoryview:
     """The bytes of an entry of a strided tensor; `blocks` are its parts."""
-    return tensor.joined([_cast(block, dtype, tensor.name, file) for block in blocks]).view(np.uint8).data
+    return tensor.joined([_cast(block, dtype, tensor.name, file) for block in blocks]).reshape(-1).view(np.uint8).data
 
 
 def _bytes(values: np.ndarray, dtype: np.dtype, name: str, file: str) -> memoryview:
-    return _cast(values, dtype, name, file).view(np.uint8).data
+    return _cast(values, dtype, name, file).reshape(-1).view(np.uint8).data
 
 
 def _cast(values: np.ndarray, dtype: np.dtype, name: str, file: str) -> np.ndarray:

@@ -6,10 +6,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from eqx_moe.kernels.flash import CHUNK, LOWEST, flash_attention, visible
+from eqx_moe.kernels.splash import splash_attention
 
 # Up to so many heads of a group one query is multiplied with each of them apart; that reads the keys so often.
 _GROUP = 8
@@ -62,8 +64,11 @@ def attention(
     query_segments: Int[Array, "batch queries"] | None = None,
     key_segments: Int[Array, "batch keys"] | None = None,
     sinks: Float[Array, " heads"] | None = None,
+    sharding: NamedSharding | None = None,
 ) -> Float[Array, "batch heads queries value_dim"]:
     """What `attention_oracle` computes, in the way that is the fastest for these shapes on this platform.
+
+    `sharding` is how the rows and heads of `q`, `k` and `v` are spread over the devices of a mesh; None: there is one.
 
     Raises:
         ValueError: arguments that do not fit each other.
@@ -71,8 +76,11 @@ def attention(
     _check(q, k, start, window, query_segments, key_segments)
     given: dict[str, Any] = dict(scale=scale, start=start, window=window, sinks=sinks)
     given |= dict(query_segments=query_segments, key_segments=key_segments)
-    plain = start is None and query_segments is None and sinks is None and q.shape[-1] == v.shape[-1]
-    match choose(*_platform(), q.dtype, q.shape[2], k.shape[2], q.shape[-1], plain, q.shape[1] // k.shape[1]):
+    own = start is None  # checked: then there are as many keys as queries
+    plain = own and query_segments is None and sinks is None and q.shape[-1] == v.shape[-1]
+    device = jax.local_devices()[0] if sharding is None else sharding.mesh.devices.flat[0]
+    group = q.shape[1] // k.shape[1]
+    match choose(*_platform(device), q.dtype, q.shape[2], k.shape[2], q.shape[-1], own=own, plain=plain, group=group):
         case "dense":
             return attention_oracle(q, k, v, **given)
         case "flash":
@@ -84,6 +92,13 @@ def attention(
             flash = functools.partial(flash_attention, scale=scale, window=window)
             # A machine with a GPU may also compute on its CPU.
             return lax.platform_dependent(q, k, v, cuda=cudnn, default=flash)
+        case "splash":
+            arrays = dict(q=q, k=k, v=v, query_segments=query_segments, key_segments=key_segments, sinks=sinks)
+            return lax.platform_dependent(
+                arrays,
+                tpu=lambda x: splash_attention(**x, scale=scale, window=window, sharding=sharding),
+                default=lambda x: flash_attention(**x, scale=scale, window=window),
+            )
 
 
 def choose(
@@ -93,15 +108,18 @@ def choose(
     queries: int,
     keys: int,
     head_dim: int,
+    *,
+    own: bool,
     plain: bool,
     group: int = 1,
-) -> Literal["dense", "flash", "one_query", "cudnn"]:
-    """How `attention` is computed. `plain`: the keys are the queries' own, all in one segment, and there are no sinks.
-    `group` is how many query heads share a key-value head.
+) -> Literal["dense", "flash", "one_query", "cudnn", "splash"]:
+    """How `attention` is computed. `own`: the keys are the queries' own. `plain`: they are, all of them in one segment,
+    there are no sinks, and values are as wide as keys. `group` is how many query heads share a key-value head.
 
     cuDNN's kernel takes half precision, on NVIDIA GPUs from compute capability 8.0 on, and head sizes that are
     multiples of 8, up to 128 or from 9.0 on up to 256. It knows segments only as a bias of queries x keys, and a sink
-    put around it would have a wrong gradient.
+    put around it would have a wrong gradient. The kernel for TPUs knows segments and sinks, but takes the first query
+    to stand where the first key does, and the place where a cache stands is not known before the program runs.
     """
     if platform == "cuda" and plain and capability >= 8.0 and jnp.dtype(dtype) in (jnp.float16, jnp.bfloat16):
         if head_dim % 8 == 0 and head_dim <= (256 if capability >= 9.0 else 128):
@@ -109,12 +127,13 @@ def choose(
     if queries == 1:
         return "one_query" if platform == "cpu" and group <= _GROUP else "dense"
     # Up to one chunk there is nothing to skip; beyond that chunks are faster (measured on CPU, float32).
-    return "dense" if max(queries, keys) <= CHUNK else "flash"
+    if max(queries, keys) <= CHUNK:
+        return "dense"
+    return "splash" if platform == "tpu" and own else "flash"
 
 
-def _platform() -> tuple[str, float]:
-    """Where JAX computes by default, `cuda` for NVIDIA GPUs, and their compute capability."""
-    device = jax.local_devices()[0]
+def _platform(device: jax.Device) -> tuple[str, float]:
+    """What a device is, `cuda` for NVIDIA GPUs, and their compute capability."""
     if device.device_kind.startswith("NVIDIA"):
         return "cuda", float(device.compute_capability)
     return device.platform, 0.0

@@ -15,6 +15,7 @@ from eqx_moe.nn.cache import AnyCache, LayerCache, empty
 from eqx_moe.nn.linear import Linear
 from eqx_moe.nn.norm import RMSNorm
 from eqx_moe.nn.rope import AbstractRope, rotate
+from eqx_moe.sharding import heads_sharding
 
 
 class Rows(eqx.Module):
@@ -22,12 +23,37 @@ class Rows(eqx.Module):
 
     Without a cache `start` is None and attention reads the tokens themselves; with one the first token stands at
     `start`, and attention reads all places of the cache. `key_segments` are the segments of what it reads; None: they
-    are all in one segment, and none is padding.
+    are all in one segment, and none is padding. `mesh` is the model's.
     """
 
     segments: Int[Array, "batch seq"]
     start: Int[Array, ""] | None
     key_segments: Int[Array, "batch keys"] | None
+    mesh: Mesh | None = eqx.field(static=True, default=None)
+
+    def attend(
+        self,
+        q: Float[Array, "batch heads seq head_dim"],
+        k: Float[Array, "batch kv_heads keys head_dim"],
+        v: Float[Array, "batch kv_heads keys value_dim"],
+        *,
+        scale: float,
+        window: int | None = None,
+        sinks: Float[Array, " heads"] | None = None,
+    ) -> Float[Array, "batch heads seq value_dim"]:
+        """`eqx_moe.kernels.attention.attention` over these rows."""
+        return attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            start=self.start,
+            window=window,
+            query_segments=None if self.key_segments is None else self.segments,
+            key_segments=self.key_segments,
+            sinks=sinks,
+            sharding=heads_sharding(self.mesh, k.shape[0], k.shape[1]),
+        )
 
 
 class Attention(eqx.Module):
@@ -122,17 +148,7 @@ class Attention(eqx.Module):
             assert rows.start is not None and isinstance(cache, LayerCache)
             cache = cache.write(k, v, rows.start)
             k, v = cache.keys, cache.values
-        out = attention(
-            q,
-            k,
-            v,
-            scale=self.head_dim**-0.5,
-            start=rows.start,
-            window=self.window,
-            query_segments=None if rows.key_segments is None else rows.segments,
-            key_segments=rows.key_segments,
-            sinks=self.sinks,
-        )
+        out = rows.attend(q, k, v, scale=self.head_dim**-0.5, window=self.window, sinks=self.sinks)
         return self.o(out.swapaxes(1, 2).reshape(batch, seq, self.heads * self.head_dim)), cache
 
     def _normed(self, q, k):

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from eqx_moe.sharding import cache_sharding, put
+from eqx_moe.sharding import heads_sharding, put
 
 
 class LayerCache(eqx.Module):
@@ -70,7 +70,7 @@ def _write(cache: Some, write: Callable[[Some], Some], fits: Bool[Array, ""]) ->
 
 def empty(shape: tuple[int, int, int, int], dtype: DTypeLike, mesh: Mesh | None) -> Float[Array, "..."]:
     """Zeros for the keys or values of a layer, [batch, kv_heads, length, head_dim], where they go on a mesh."""
-    return jnp.zeros(shape, dtype, device=cache_sharding(mesh, *shape[:2]))
+    return jnp.zeros(shape, dtype, device=heads_sharding(mesh, *shape[:2]))
 
 
 class Cache(eqx.Module):

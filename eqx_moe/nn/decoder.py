@@ -104,7 +104,7 @@ class Decoder(eqx.Module):
             raise ValueError(f"`cache` is for {cache.segments.shape[0]} rows; got {tokens.shape[0]} rows of tokens.")
         if segment_ids is not None:
             segment_ids = split_rows(segment_ids.reshape(tokens.shape), self.mesh)
-        rows, default_positions, lengths = _rows(tokens, segment_ids, cache)
+        rows, default_positions, lengths = _rows(tokens, segment_ids, cache, self.mesh)
         positions = default_positions if positions is None else positions.reshape(tokens.shape)
 
         tables = {rope: rope.tables(positions, lengths) for rope in self._ropes()}
@@ -203,7 +203,7 @@ class Decoder(eqx.Module):
             )
 
 
-def _rows(tokens, segment_ids, cache: Cache | None):
+def _rows(tokens, segment_ids, cache: Cache | None, mesh: Mesh | None):
     """Places and segments of a call's tokens, their default positions, and the lengths of their segments."""
     batch, seq = tokens.shape
     index = jnp.arange(seq)
@@ -215,12 +215,12 @@ def _rows(tokens, segment_ids, cache: Cache | None):
         positions, lengths = segment_layout(segments)
     if cache is None:
         key_segments = None if segment_ids is None else segments
-        return Rows(segments=segments, start=None, key_segments=key_segments), positions, lengths
+        return Rows(segments=segments, start=None, key_segments=key_segments, mesh=mesh), positions, lengths
     _refuse_overflow(cache, seq)
     earlier = jnp.arange(cache.length) < cache.filled
     same = earlier & (cache.segments[:, None, :] == segments[:, :, None])
     key_segments = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.filled, axis=1)
-    rows = Rows(segments=segments, start=cache.filled, key_segments=key_segments)
+    rows = Rows(segments=segments, start=cache.filled, key_segments=key_segments, mesh=mesh)
     return rows, positions + jnp.sum(same, axis=-1), cache.lengths[:, None]
 
 

@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from eqx_moe.kernels.attention import attention
 from eqx_moe.nn.attention import Rows
 from eqx_moe.nn.cache import AnyCache, LatentCache
 from eqx_moe.nn.linear import Linear
@@ -132,7 +131,7 @@ class MLA(eqx.Module):
         k_rotated = jnp.broadcast_to(k_rotated[:, :, None], (*made.shape[:3], k_rotated.shape[-1]))
         q = jnp.concatenate([q_nope, q_rotated], axis=-1).swapaxes(1, 2)
         k = jnp.concatenate([made[..., : self.nope], k_rotated], axis=-1).swapaxes(1, 2)
-        return self._attend(q, k, made[..., self.nope :].swapaxes(1, 2), rows).swapaxes(1, 2)
+        return rows.attend(q, k, made[..., self.nope :].swapaxes(1, 2), scale=self.scale).swapaxes(1, 2)
 
     def _absorbed(self, q_nope, q_rotated, entries, rows: Rows) -> Float[Array, "batch seq heads value"]:
         """Queries as latents, of heads that share one key and value."""
@@ -140,16 +139,5 @@ class MLA(eqx.Module):
         q_latent = jnp.einsum("bshn,hnr->bshr", q_nope, matrices[:, : self.nope])
         q = jnp.concatenate([q_latent, q_rotated], axis=-1).swapaxes(1, 2)
         # The rotated keys pass for values too and are cut off again: so the cache is read where it lies.
-        out = self._attend(q, entries[:, None], entries[:, None], rows)[..., : self.rank]
+        out = rows.attend(q, entries[:, None], entries[:, None], scale=self.scale)[..., : self.rank]
         return jnp.einsum("bhsr,hvr->bshv", out, matrices[:, self.nope :])
-
-    def _attend(self, q, k, v, rows: Rows):
-        return attention(
-            q,
-            k,
-            v,
-            scale=self.scale,
-            start=rows.start,
-            query_segments=None if rows.key_segments is None else rows.segments,
-            key_segments=rows.key_segments,
-        )
