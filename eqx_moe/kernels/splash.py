@@ -58,7 +58,9 @@ def _local(q, k, v, query_segments, key_segments, sinks, *, scale: float, window
     return jax.vmap(kernel, in_axes=over_rows)(q, k, v, segments, sinks)[:, :, :seq]
 
 
+@functools.lru_cache(maxsize=16)
 def _kernel(heads: int, seq: int, window: int | None, interpret: bool):
+    """The kernel and its tables of the mask, which take seconds to make for long rows: once for all layers."""
     mask = pallas.CausalMask((seq, seq)) if window is None else pallas.LocalMask((seq, seq), (window - 1, 0), offset=0)
     size = max(block for block in range(_LANES, _LARGEST + 1, _LANES) if seq % block == 0)
     sizes = pallas.BlockSizes(
@@ -70,7 +72,8 @@ def _kernel(heads: int, seq: int, window: int | None, interpret: bool):
         block_kv_dq=size,
     )
     masks = pallas.MultiHeadMask([mask] * heads)
-    return pallas.make_splash_mha(masks, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
+    with jax.ensure_compile_time_eval():  # arrays that outlive the program being traced
+        return pallas.make_splash_mha(masks, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
 
 
 def _padded(x, axis: int):
