@@ -266,11 +266,11 @@ def rows_sharding(mesh: AnyMesh, rows: int, *others: str | None) -> NamedShardin
     return NamedSharding(mesh, PartitionSpec(rows_axes(mesh, rows) or None, *others))
 
 
-def heads_sharding(mesh: Mesh | None, rows: int, kv_heads: int) -> NamedSharding | None:
-    """Where keys and values go, [rows, kv_heads, length, head_dim], and the queries that read them."""
+def heads_sharding(mesh: Mesh | None, rows: int, heads: int) -> NamedSharding | None:
+    """Where queries, or keys or values, go: [rows, heads, length, head_dim]."""
     if mesh is None:
         return None
-    whole = kv_heads % mesh.shape.get(TENSOR, 1) or TENSOR not in mesh.shape
+    whole = heads % mesh.shape.get(TENSOR, 1) or TENSOR not in mesh.shape
     return rows_sharding(mesh, rows, None if whole else TENSOR)
 
 

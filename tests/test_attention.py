@@ -232,21 +232,21 @@ def test_masked_chunks_are_skipped():
 
 def test_which_way_is_chosen():
     bf16, f32 = jnp.bfloat16, jnp.float32
-    assert choose("cpu", 0.0, f32, 1, 4096, 64, own=False, plain=False) == "one_query"
-    assert choose("cpu", 0.0, f32, CHUNK, CHUNK, 64, own=True, plain=True) == "dense"
-    assert choose("cpu", 0.0, f32, 2, CHUNK + 1, 64, own=False, plain=False) == "flash"
-    assert choose("cpu", 0.0, bf16, 4096, 4096, 64, own=True, plain=True) == "flash"
-    assert choose("gpu", 0.0, bf16, 4096, 4096, 64, own=True, plain=True) == "flash"  # no cuDNN without CUDA
-    assert choose("cuda", 9.0, bf16, 4096, 4096, 64, own=True, plain=True) == "cudnn"
-    assert choose("cuda", 8.0, jnp.float16, 7, 7, 128, own=True, plain=True) == "cudnn"
-    assert choose("cuda", 9.0, bf16, 4096, 4096, 256, own=True, plain=True) == "cudnn"
-    assert choose("cuda", 8.9, bf16, 4096, 4096, 256, own=True, plain=True) == "flash"
-    assert choose("cuda", 7.5, bf16, 4096, 4096, 64, own=True, plain=True) == "flash"
-    assert choose("cuda", 9.0, f32, 4096, 4096, 64, own=True, plain=True) == "flash"
-    assert choose("cuda", 9.0, bf16, 4096, 4096, 60, own=True, plain=True) == "flash"
-    assert choose("cuda", 9.0, bf16, 4096, 4096, 64, own=True, plain=False) == "flash"
-    assert choose("cuda", 9.0, bf16, 4096, 8192, 64, own=False, plain=False) == "flash"
-    assert choose("cuda", 9.0, bf16, 1, 4096, 64, own=False, plain=False) == "dense"
+    assert choose("cpu", 0.0, f32, 1, 4096, 64, plain=False, splash=False) == "one_query"
+    assert choose("cpu", 0.0, f32, CHUNK, CHUNK, 64, plain=True, splash=True) == "dense"
+    assert choose("cpu", 0.0, f32, 2, CHUNK + 1, 64, plain=False, splash=False) == "flash"
+    assert choose("cpu", 0.0, bf16, 4096, 4096, 64, plain=True, splash=True) == "flash"
+    assert choose("gpu", 0.0, bf16, 4096, 4096, 64, plain=True, splash=True) == "flash"  # no cuDNN without CUDA
+    assert choose("cuda", 9.0, bf16, 4096, 4096, 64, plain=True, splash=True) == "cudnn"
+    assert choose("cuda", 8.0, jnp.float16, 7, 7, 128, plain=True, splash=True) == "cudnn"
+    assert choose("cuda", 9.0, bf16, 4096, 4096, 256, plain=True, splash=True) == "cudnn"
+    assert choose("cuda", 8.9, bf16, 4096, 4096, 256, plain=True, splash=True) == "flash"
+    assert choose("cuda", 7.5, bf16, 4096, 4096, 64, plain=True, splash=True) == "flash"
+    assert choose("cuda", 9.0, f32, 4096, 4096, 64, plain=True, splash=True) == "flash"
+    assert choose("cuda", 9.0, bf16, 4096, 4096, 60, plain=True, splash=True) == "flash"
+    assert choose("cuda", 9.0, bf16, 4096, 4096, 64, plain=False, splash=True) == "flash"
+    assert choose("cuda", 9.0, bf16, 4096, 8192, 64, plain=False, splash=False) == "flash"
+    assert choose("cuda", 9.0, bf16, 1, 4096, 64, plain=False, splash=False) == "dense"
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4], SHAPES[2]])

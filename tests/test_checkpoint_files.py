@@ -1,12 +1,15 @@
 """Reading and writing safetensors, held against safetensors' own reader and writer."""
 
+import concurrent.futures
 import contextlib
+import hashlib
 import json
 import os
 import stat
 import struct
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +19,11 @@ import pytest
 import safetensors.numpy
 import tqdm
 
-from eqx_moe.checkpoint import Name, leaf_paths, load_leaves, plan, reader, save_leaves, writer
+from eqx_moe.checkpoint import Name, leaf_paths, load_leaves, plan, reader, replacing, save_leaves, writer
 from eqx_moe.checkpoint.dtypes import WEIGHT_DTYPES
 from eqx_moe.checkpoint.header import read_header
 from eqx_moe.checkpoint.reader import aligned_empty
-from eqx_moe.checkpoint.replacing import finish_replacing
+from eqx_moe.checkpoint.replacing import Replacing, finish_replacing
 from eqx_moe.checkpoint.writer import plan_shards
 from eqx_moe.errors import CheckpointError
 from eqx_moe.sizes import parse_size
@@ -409,6 +412,63 @@ def test_the_bar_counts_every_byte_once(tmp_path, monkeypatch, layout, module, d
     load(tmp_path, tree)
     (what, total, _), *steps = shown
     size = sum(leaf.nbytes for leaf in tree.values())
-    written = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors*"))  # headers and index are a part of it
+    if doing == "saving":  # headers and index too
+        size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors*"))
     assert (what, total) == (doing, size)
-    assert sum(steps) == (written if doing == "saving" else size)
+    assert sum(steps) == size
+
+
+def interrupted_save(folder, monkeypatch, at: int):
+    """A save that Ctrl-C hits as it submits its `at`-th task to a thread: after the thread knows of it."""
+    submit, left = concurrent.futures.ThreadPoolExecutor.submit, [at]
+
+    def interrupted(self, *task):
+        future = submit(self, *task)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return future
+
+    with monkeypatch.context() as patch:
+        patch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", interrupted)
+        save_leaves(folder, leaves(), ORIGINAL, max_shard_size=500, other_files={"config.json": b"new"})
+
+
+@pytest.mark.parametrize("at", range(1, 12))
+def test_ctrl_c_ends_a_save(tmp_path, monkeypatch, at):
+    """No thread waits for what does not come any more."""
+    old = {path: leaf + 1 for path, leaf in leaves().items()}
+    save_leaves(tmp_path, old, ORIGINAL, other_files={"config.json": b"old"})
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_save(tmp_path, monkeypatch, at)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert same(load(tmp_path, old, verify=True), old)
+
+
+def test_after_an_error_no_sum_is_waited_for(tmp_path, monkeypatch):
+    class Slow:
+        def update(self, data):
+            time.sleep(0.2)
+
+    monkeypatch.setattr(hashlib, "sha256", Slow)
+
+    def pieces():
+        yield from [bytes(8)] * 40
+        raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), Replacing(tmp_path) as new:
+        new.write("a", pieces())
+    assert time.monotonic() - start < 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sum_that_fails_fails_the_save(tmp_path, monkeypatch):
+    old = leaves()
+    save_leaves(tmp_path, old, ORIGINAL, other_files={"config.json": b"old"})
+    with monkeypatch.context() as patch:
+        patch.setattr(replacing, "_sha256", lambda *task: exec("raise OSError(5, 'Input/output error')"))
+        with pytest.raises(OSError, match="Input/output"):
+            save_leaves(tmp_path, {path: leaf + 1 for path, leaf in old.items()}, ORIGINAL, other_files={})
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert same(load(tmp_path, old, verify=True), old)

@@ -85,11 +85,11 @@ def test_rows_and_heads_may_lie_on_several_devices(rows, heads):
 
 def test_when_it_is_chosen():
     bf16 = jnp.bfloat16
-    assert choose("tpu", 0.0, bf16, 4096, 4096, 128, own=True, plain=True) == "splash"
-    assert choose("tpu", 0.0, jnp.float32, 300, 300, 64, own=True, plain=False) == "splash"  # packed, with sinks
-    assert choose("tpu", 0.0, bf16, 4096, 8192, 128, own=False, plain=False) == "flash"  # into a cache
-    assert choose("tpu", 0.0, bf16, CHUNK, CHUNK, 128, own=True, plain=True) == "dense"
-    assert choose("tpu", 0.0, bf16, 1, 4096, 128, own=False, plain=False) == "dense"
+    assert choose("tpu", 0.0, bf16, 4096, 4096, 128, plain=True, splash=True) == "splash"
+    assert choose("tpu", 0.0, jnp.float32, 300, 300, 64, plain=False, splash=True) == "splash"  # packed, with sinks
+    assert choose("tpu", 0.0, bf16, 4096, 8192, 128, plain=False, splash=False) == "flash"  # into a cache
+    assert choose("tpu", 0.0, bf16, CHUNK, CHUNK, 128, plain=True, splash=True) == "dense"
+    assert choose("tpu", 0.0, bf16, 1, 4096, 128, plain=False, splash=False) == "dense"
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import pathlib
 import queue
 import re
 import secrets
+import threading
 from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
@@ -32,6 +33,7 @@ except ImportError:  # Windows: nothing is locked, and what a killed process has
 _LAST, _ALIVE = "config.json", "alive"
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{16})\.tmp")
 _MAX_JOURNAL = 8_000_000  # bytes
+_END = 0  # what ends a queue of how many bytes more are written
 _AT_ONCE = 1 << 20  # bytes that a sum is taken of at a time; they stay in a core's own cache
 _DOING = "finishing a save that was killed"
 _FIX = "load from the folder once where it may be written to; or take the model from elsewhere and save it again"
@@ -56,7 +58,10 @@ class Replacing:
         # The disk writes one file while the next is handed to the system. Sums follow behind, of several files at once:
         # a core takes longer for them than for the writing.
         self._disk, self._sums = (concurrent.futures.ThreadPoolExecutor(count) for count in (1, threads()))
-        self._synced: list[concurrent.futures.Future[None]] = []
+        self._files: list[io.BufferedWriter] = []
+        self._written: list[queue.SimpleQueue[int]] = []
+        self._pending: list[concurrent.futures.Future] = []
+        self._stopped = threading.Event()
 
     def __enter__(self) -> "Replacing":
         with _locked(self._folder):
@@ -68,8 +73,15 @@ class Replacing:
         return self
 
     def __exit__(self, *error) -> None:
-        self._disk.shutdown()
-        self._sums.shutdown()
+        # After an error, or Ctrl-C, nobody waits for what nobody needs.
+        self._stopped.set()
+        for written in self._written:
+            written.put(_END)
+        for pool in (self._disk, self._sums):
+            pool.shutdown(cancel_futures=True)
+        for file in self._files:
+            with contextlib.suppress(OSError):  # what it has yet to write does not fit
+                file.close()
         # Once there is a journal, what still has a temporary name belongs to the folder.
         for name in [] if self._committed else self._names:
             self._path(name).unlink(missing_ok=True)
@@ -77,24 +89,24 @@ class Replacing:
         os.close(self._alive)
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> concurrent.futures.Future[str]:
-        """Writes a file under a temporary name, on the disk by the time of `commit`; gives its sha256, once known."""
+        """Writes a file under a temporary name, on the disk by the time of `commit`; gives its sha256, once known.
+
+        The sum is of what the system gives back of the file.
+        """
         self._names.append(name)
         # 0o666: the mode is the umask's to decide, as for any file that a program writes.
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         file = open(os.open(self._path(name), flags, 0o666), "wb")  # closed once it is on the disk
-        written: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        sha256 = self._sums.submit(_sha256, self._path(name), written)
-        try:
-            for piece in pieces:
-                file.write(piece)
-                file.flush()
+        self._files.append(file)
+        self._written.append(written := queue.SimpleQueue())
+        self._pending.append(sha256 := self._sums.submit(_sha256, self._path(name), written, self._stopped))
+        for piece in pieces:
+            file.write(piece)
+            file.flush()
+            if len(piece):
                 written.put(len(piece))
-        except BaseException:
-            file.close()
-            raise
-        finally:
-            written.put(None)
-        self._synced.append(self._disk.submit(_sync_and_close, file))
+        written.put(_END)
+        self._pending.append(self._disk.submit(_sync_and_close, file))
         return sha256
 
     def commit(self, stale: Iterable[str]) -> None:
@@ -116,8 +128,8 @@ class Replacing:
                 )
         journal = {"token": self._token, "files": list(self._names), "stale": list(stale)}
         self.write(JOURNAL, (json.dumps(journal).encode(),))
-        for synced in self._synced:
-            synced.result()
+        for pending in self._pending:
+            pending.result()
         _sync(self._folder)
         with _locked(self._folder):
             _finish(self._folder)  # another process may have been killed meanwhile
@@ -248,15 +260,15 @@ def _temporary(folder: pathlib.Path, name: str, token: str) -> pathlib.Path:
     return folder / f".{name}.{token}.tmp"
 
 
-def _sha256(path: pathlib.Path, written: "queue.SimpleQueue[int | None]") -> str:
-    """The sha256 of a file that is being written: of so many bytes more at a time, until None.
+def _sha256(path: pathlib.Path, written: queue.SimpleQueue[int], stopped: threading.Event) -> str:
+    """The sha256 of a file that is being written, of as many bytes more at a time as `written` says.
 
     They are read back, out of the system's cache, so that what waits to be summed takes no memory of this process.
     """
     sha256, buffer = hashlib.sha256(), memoryview(bytearray(_AT_ONCE))
     with open(path, "rb", buffering=0) as file:
-        for left in iter(written.get, None):
-            while left:
+        while left := written.get():
+            while left and not stopped.is_set():
                 count = file.readinto(buffer[: min(left, len(buffer))])
                 if not count:
                     raise OSError(f"{path} has become shorter while it was written")

@@ -100,7 +100,7 @@ def weight_files(
     place: str,
 ) -> tuple[dict[str, Callable[[], Iterable[bytes | memoryview]]], int]:
     """The files of weights of a model by name, shards and then the index, each as a function that gives its bytes; and
-    the bytes of all weights.
+    the bytes of all these files.
 
     `place` stands for where they go, in errors; the other arguments and the errors are those of `save_leaves`.
     """
@@ -114,13 +114,16 @@ def weight_files(
     named = None if dtype is None else weight_dtype(dtype)
     dtypes = {path: target_dtype(path, leaf.dtype, named, keep_fp32) for path, leaf in leaves.items()}
     shards = plan_shards(tensors, dtypes, limit)
-    contents: dict[str, Callable[[], Iterable[bytes | memoryview]]] = {
-        shard: functools.partial(_shard, group, leaves, dtypes, f"{place}/{shard}") for shard, group in shards.items()
-    }
-    size = sum(_bytes_of(tensor, dtypes) for tensor in tensors.values())
+    contents: dict[str, Callable[[], Iterable[bytes | memoryview]]] = {}
+    data = size = sum(_bytes_of(tensor, dtypes) for tensor in tensors.values())
+    for shard, group in shards.items():
+        header = write_header({t.name: (FORMAT_NAMES[_dtype(t, dtypes)], t.shape) for t in group.values()})
+        contents[shard] = functools.partial(_shard, header, group, leaves, dtypes, f"{place}/{shard}")
+        size += len(header)
     if SINGLE not in shards:
-        index = _index(shards, size)
+        index = _index(shards, data)
         contents[INDEX] = lambda: (index,)
+        size += len(index)
     return contents, size
 
 
@@ -186,13 +189,14 @@ def _index(shards: Mapping[str, Mapping[str, Tensor]], size: int) -> bytes:
 
 
 def _shard(
+    header: bytes,
     tensors: Mapping[str, Tensor],
     leaves: Mapping[str, Array | np.ndarray | Unread],
     dtypes: Mapping[str, np.dtype],
     file: str,
 ) -> Iterator[bytes | memoryview]:
     """The bytes of one file, a part of a tensor at a time."""
-    yield write_header({t.name: (FORMAT_NAMES[_dtype(t, dtypes)], t.shape) for t in tensors.values()})
+    yield header
     paths: tuple[str, ...] = ()
     hosts: dict[str, np.ndarray] = {}
     for tensor in tensors.values():

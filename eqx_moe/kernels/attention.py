@@ -11,7 +11,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from eqx_moe.kernels.flash import CHUNK, LOWEST, flash_attention, visible
-from eqx_moe.kernels.splash import splash_attention
 
 # Up to so many heads of a group one query is multiplied with each of them apart; that reads the keys so often.
 _GROUP = 8
@@ -68,7 +67,8 @@ def attention(
 ) -> Float[Array, "batch heads queries value_dim"]:
     """What `attention_oracle` computes, in the way that is the fastest for these shapes on this platform.
 
-    `sharding` is how the rows and heads of `q`, `k` and `v` are spread over the devices of a mesh; None: there is one.
+    `sharding` is how the rows and heads of `q` are spread over the devices of a mesh; None: they are on one device, or
+    it is for XLA to say.
 
     Raises:
         ValueError: arguments that do not fit each other.
@@ -76,11 +76,11 @@ def attention(
     _check(q, k, start, window, query_segments, key_segments)
     given: dict[str, Any] = dict(scale=scale, start=start, window=window, sinks=sinks)
     given |= dict(query_segments=query_segments, key_segments=key_segments)
-    own = start is None  # checked: then there are as many keys as queries
-    plain = own and query_segments is None and sinks is None and q.shape[-1] == v.shape[-1]
+    plain = start is None and query_segments is None and sinks is None and q.shape[-1] == v.shape[-1]
     device = jax.local_devices()[0] if sharding is None else sharding.mesh.devices.flat[0]
-    group = q.shape[1] // k.shape[1]
-    match choose(*_platform(device), q.dtype, q.shape[2], k.shape[2], q.shape[-1], own=own, plain=plain, group=group):
+    splash, group = _splash_takes(q, start, sharding), q.shape[1] // k.shape[1]
+    sizes = q.shape[2], k.shape[2], q.shape[-1]
+    match choose(*_platform(device), q.dtype, *sizes, plain=plain, splash=splash, group=group):
         case "dense":
             return attention_oracle(q, k, v, **given)
         case "flash":
@@ -93,6 +93,9 @@ def attention(
             # A machine with a GPU may also compute on its CPU.
             return lax.platform_dependent(q, k, v, cuda=cudnn, default=flash)
         case "splash":
+            # Here, because Pallas takes a quarter of a second to import, and only this needs it.
+            from eqx_moe.kernels.splash import splash_attention
+
             arrays = dict(q=q, k=k, v=v, query_segments=query_segments, key_segments=key_segments, sinks=sinks)
             return lax.platform_dependent(
                 arrays,
@@ -109,17 +112,17 @@ def choose(
     keys: int,
     head_dim: int,
     *,
-    own: bool,
     plain: bool,
+    splash: bool,
     group: int = 1,
 ) -> Literal["dense", "flash", "one_query", "cudnn", "splash"]:
-    """How `attention` is computed. `own`: the keys are the queries' own. `plain`: they are, all of them in one segment,
-    there are no sinks, and values are as wide as keys. `group` is how many query heads share a key-value head.
+    """How `attention` is computed. `plain`: the keys are the queries' own, all of them in one segment, there are no
+    sinks, and values are as wide as keys. `splash`: the kernel for TPUs takes these arrays. `group` is how many query
+    heads share a key-value head.
 
     cuDNN's kernel takes half precision, on NVIDIA GPUs from compute capability 8.0 on, and head sizes that are
     multiples of 8, up to 128 or from 9.0 on up to 256. It knows segments only as a bias of queries x keys, and a sink
-    put around it would have a wrong gradient. The kernel for TPUs knows segments and sinks, but takes the first query
-    to stand where the first key does, and the place where a cache stands is not known before the program runs.
+    put around it would have a wrong gradient.
     """
     if platform == "cuda" and plain and capability >= 8.0 and jnp.dtype(dtype) in (jnp.float16, jnp.bfloat16):
         if head_dim % 8 == 0 and head_dim <= (256 if capability >= 9.0 else 128):
@@ -129,7 +132,27 @@ def choose(
     # Up to one chunk there is nothing to skip; beyond that chunks are faster (measured on CPU, float32).
     if max(queries, keys) <= CHUNK:
         return "dense"
-    return "splash" if platform == "tpu" and own else "flash"
+    return "splash" if platform == "tpu" and splash else "flash"
+
+
+def _splash_takes(q, start, sharding: NamedSharding | None) -> bool:
+    """Whether `splash_attention` can be given these (jax 0.10 to 0.12, by compiling it for TPU v5e).
+
+    It takes the first query to stand where the first key does, and where a cache stands is not known before the program
+    runs. Its products know no precision but the default; float16, and 64-bit indices, it does not know. It cannot be
+    split by XLA, nor run inside a `shard_map` that checks what varies. Its tables of the mask grow with the square of
+    the length: at 65,536 places they take half a minute to make.
+    """
+    precisions = (None, "default", "bfloat16", *(("highest", "float32") if q.dtype == jnp.float32 else ()))
+    return (
+        start is None
+        and q.shape[2] <= 1 << 16
+        and q.dtype in (jnp.bfloat16, jnp.float32)
+        and jax.config.jax_default_matmul_precision in precisions
+        and not jax.config.jax_enable_x64
+        and not getattr(jax.typeof(q), "vma", ())
+        and (sharding is not None or jax.device_count() == 1)
+    )
 
 
 def _platform(device: jax.Device) -> tuple[str, float]:

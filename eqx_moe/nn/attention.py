@@ -52,7 +52,7 @@ class Rows(eqx.Module):
             query_segments=None if self.key_segments is None else self.segments,
             key_segments=self.key_segments,
             sinks=sinks,
-            sharding=heads_sharding(self.mesh, k.shape[0], k.shape[1]),
+            sharding=heads_sharding(self.mesh, q.shape[0], q.shape[1]),
         )
 
 

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
-_PATTERN = "gpt2, llama3, qwen2, o200k, deepseek_v3, metaspace, or a regular expression (llama3)"
+_PATTERN = "gpt2, llama3 (the default), qwen2, o200k, deepseek_v3, metaspace; or a regular expression, which is slower"
 _DEFAULT = "llama3"
 _FILES = "text in UTF-8, also as .gz or .zst; a file is a document"
 
@@ -110,7 +110,7 @@ def _train(args: argparse.Namespace) -> None:
     if args.from_counts and (args.pattern is not None or args.lines):
         raise ValueError("--pattern and --lines are settled where words are counted; leave them out here.")
     counted = read_all(args.files) if args.from_counts else None
-    pattern = counted[0].pattern if counted else args.pattern or _DEFAULT
+    pattern = counted[0].pattern if counted else args.pattern
     training = Training(
         args.vocab_size, pattern, args.special_tokens, args.min_frequency, args.max_token_length,
         limit_alphabet=args.limit_alphabet, threads=args.threads, max_memory=args.max_memory,
@@ -144,9 +144,8 @@ def _count(args: argparse.Namespace) -> None:
 
     _check_writable(args.out)
     _refuse_input("--out", args.out, args.files)
-    pattern = args.pattern or _DEFAULT
-    with _counted(args, pattern) as words:
-        write_counts(args.out, Counted(words, pattern, args.lines))
+    with _counted(args, args.pattern) as words:
+        write_counts(args.out, Counted(words, args.pattern, args.lines))
     print(f"{len(words):,} different words, {int(words.counts.sum()):,} in all: {args.out}")
 
 
@@ -163,6 +162,7 @@ def _merge_counts(args: argparse.Namespace) -> None:
     from eqx_moe.tokenizer.counts_file import merge_counts
 
     _check_writable(args.out)
+    _refuse_input("--out", args.out, args.files)
     words = merge_counts(args.files, args.out).words
     print(f"{len(words):,} different words, {int(words.counts.sum()):,} in all: {args.out}")
 

@@ -4,7 +4,7 @@ bytes."""
 import html
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,13 +19,15 @@ from eqx_moe.tokenizer.reference import merge_symbols
 _LONGEST = 20
 _SCRIPTS = 16
 _FALLBACK = frozenset(BYTE_TOKENS)
-_SAMPLE = 20_000  # Words whose tokens are looked at; evenly over all, and the most frequent ones.
+_SAMPLE = 20_000  # Words whose tokens are looked at: so many of the most frequent ones, and so many of the others.
+_AT_ONCE = 1 << 20  # Words: what is made for each of them at a time, so that memory does not grow with their number.
 
 
 @dataclass(frozen=True)
 class Report:
     """`curve`: vocabulary sizes, and bytes of text for each token. `longest`: tokens, with their lengths in bytes.
-    `scripts`: for each the share of its tokens that are a single byte, and of all bytes how many are of it.
+    `scripts`: for each the share of its tokens that are a single byte, and of all bytes how many are of it; estimated
+    from `sample` words, which may be all of them.
 
     `outside`: how many bytes are of symbols that are not in the vocabulary. They count as text; as tokens they count if
     there is a token for each byte (`byte_fallback`, of vocabularies of characters), as the tokenizer has it. Then
@@ -40,11 +42,12 @@ class Report:
     curve: list[tuple[int, float]]
     longest: list[tuple[str, int]]
     scripts: list[tuple[str, float, float]]
+    sample: int
 
 
 def make_report(counts: WordCounts, merges: Merges, *, characters: bool, special_tokens: Sequence[str]) -> Report:
     """Looks at the words that a vocabulary was trained on. `characters`: its symbols are characters, not bytes."""
-    size = int((counts.counts * np.diff(counts.offsets)).sum())
+    size = sum(_bytes(counts, words) for words in _blocks(counts))
     symbols, outside = _symbols(counts, merges, characters)
     left = symbols - np.cumsum(merges.saved)
     sizes = [n for n in _round_sizes(len(merges.tokens)) if n > merges.base] + [len(merges.tokens)]
@@ -56,8 +59,8 @@ def make_report(counts: WordCounts, merges: Merges, *, characters: bool, special
     special = {*special_tokens, *(_FALLBACK if characters else ())}
     texts = [as_text(token, characters) for token in merges.tokens if token not in special]
     longest = sorted(((text, len(raw)) for text, raw in texts), key=lambda pair: -pair[1])[:_LONGEST]
-    scripts = _scripts(counts, merges, characters)
-    return Report(int(counts.counts.sum()), len(counts), size, outside, characters, curve, longest, scripts)
+    scripts, sample = _scripts(counts, size, merges, characters)
+    return Report(int(counts.counts.sum()), len(counts), size, outside, characters, curve, longest, scripts, sample)
 
 
 def as_text(token: str, characters: bool) -> tuple[str, bytes]:
@@ -89,36 +92,74 @@ def _round_sizes(most: int) -> list[int]:
     return [digit * 10**power for power in range(2, 8) for digit in (1, 2, 5) if digit * 10**power < most]
 
 
-def _scripts(counts: WordCounts, merges: Merges, characters: bool) -> list[tuple[str, float, float]]:
+def _blocks(counts: WordCounts) -> Iterator[np.ndarray]:
+    """The numbers of all words, some at a time."""
+    for first in range(0, len(counts), _AT_ONCE):
+        yield np.arange(first, min(first + _AT_ONCE, len(counts)))
+
+
+def _bytes(counts: WordCounts, words: np.ndarray) -> int:
+    """The bytes of text that these words are."""
+    return int((counts.counts[words] * (counts.offsets[words + 1] - counts.offsets[words])).sum())
+
+
+def _sample(counts: WordCounts) -> tuple[np.ndarray, np.ndarray]:
+    """The most frequent words; and others, evenly over these in their order, so that each script has its part."""
+    often = np.zeros(0, np.int64)
+    for words in _blocks(counts):
+        often = np.concatenate([often, words])
+        if len(often) > _SAMPLE:
+            often = often[np.argpartition(counts.counts[often], -_SAMPLE)[-_SAMPLE:]]
+    often.sort()
+    left = len(counts) - len(often)
+    rest = np.unique(np.linspace(0, left - 1, min(left, _SAMPLE)).astype(np.int64))
+    # The n-th of the others comes after as many frequent words as stand before it.
+    return often, rest + np.searchsorted(often - np.arange(len(often)), rest, side="right")
+
+
+def _scripts(
+    counts: WordCounts, size: int, merges: Merges, characters: bool
+) -> tuple[list[tuple[str, float, float]], int]:
+    """`Report.scripts`, and from how many words; `size` is the bytes of all words."""
+    often, rest = _sample(counts)
+    # What the others' sample stands for: as many times its own bytes as they all have.
+    scale = (size - _bytes(counts, often)) / max(1, _bytes(counts, rest))
+    spell = _speller(merges, characters)
+    tokens, single, share = Counter(), Counter(), Counter()
+    for words, times in ((often, 1.0), (rest, scale)):
+        for word in words.tolist():
+            raw = counts.text[counts.offsets[word] : counts.offsets[word + 1]].tobytes()
+            text, weight = raw.decode(), times * int(counts.counts[word])
+            spelt, script = spell(text), _script(text)
+            tokens[script] += weight * len(spelt)
+            single[script] += weight * sum(_is_byte(token, characters) for token in spelt)
+            share[script] += weight * len(raw)
+    found = [(name, single[name] / max(1, tokens[name]), n / size) for name, n in share.most_common(_SCRIPTS)]
+    return found, len(often) + len(rest)
+
+
+def _speller(merges: Merges, characters: bool) -> Callable[[str], list[str]]:
+    """A function from a word to its tokens, by the slow way of the reference."""
     steps = merges.steps.tolist()
     ranks = {(left, right): i for i, (left, right, _) in reversed([*enumerate(steps)])}
     ids = {token: i for i, token in enumerate(merges.tokens)}
     shown = byte_characters()
-    chosen = np.union1d(
-        np.linspace(0, len(counts) - 1, min(len(counts), _SAMPLE)).astype(np.int64),
-        np.argsort(-counts.counts, kind="stable")[:_SAMPLE],
-    )
-    tokens, single, size = Counter(), Counter(), Counter()
-    for word in chosen.tolist():
-        raw = counts.text[counts.offsets[word] : counts.offsets[word + 1]].tobytes()
-        text, weight = raw.decode(), int(counts.counts[word])
+
+    def spell(text: str) -> list[str]:
         if characters:
             spelt = [[c] if c in ids else [BYTE_TOKENS[byte] for byte in c.encode()] for c in text]
             symbols = [ids[token] for several in spelt for token in several]
         else:
-            symbols = [ids[shown[byte]] for byte in raw if shown[byte] in ids]
+            symbols = [ids[shown[byte]] for byte in text.encode() if shown[byte] in ids]
         while len(symbols) > 1:
             first = min(ranks.get(pair, len(steps)) for pair in zip(symbols, symbols[1:], strict=False))
             if first == len(steps):
                 break
             left, right, new = steps[first]
             symbols = merge_symbols(symbols, (left, right), new)
-        script = _script(text)
-        tokens[script] += weight * len(symbols)
-        single[script] += weight * sum(_is_byte(merges.tokens[symbol], characters) for symbol in symbols)
-        size[script] += weight * len(raw)
-    total = sum(size.values())
-    return [(name, single[name] / max(1, tokens[name]), n / total) for name, n in size.most_common(_SCRIPTS)]
+        return [merges.tokens[symbol] for symbol in symbols]
+
+    return spell
 
 
 def _is_byte(token: str, characters: bool) -> bool:
@@ -128,9 +169,12 @@ def _is_byte(token: str, characters: bool) -> bool:
 
 
 def _script(text: str) -> str:
-    """The first word of the Unicode name of a text's first letter: LATIN, CJK, HIRAGANA; or what it is instead."""
+    """The first word of the Unicode name of a text's first letter: LATIN, CJK, HIRAGANA; or what it is instead.
+
+    Letters that modify others belong to no script: their names begin with what they do.
+    """
     for character in text:
-        if character.isalpha() and character != "▁":
+        if unicodedata.category(character) in ("Lu", "Ll", "Lt", "Lo"):
             return unicodedata.name(character, "other letters").split()[0].removesuffix("-")
     return "digits" if any(character.isnumeric() for character in text) else "signs and blanks"
 
@@ -143,7 +187,7 @@ def as_terminal(report: Report) -> str:
     best = max((value for _, value in report.curve), default=1.0)
     lines = [_summary(report), "", "vocabulary  bytes per token"]
     lines += [f"{n:>10,}  {value:>5.2f} {'#' * round(40 * value / best)}" for n, value in report.curve]
-    lines += ["", "single-byte tokens, by script (and the script's share of the text)"]
+    lines += ["", f"single-byte tokens, by script (and the script's share of the text){_estimated(report)}"]
     lines += [f"{single:>10.1%}  {name} ({share:.1%})" for name, single, share in report.scripts]
     lines += ["", "longest tokens, in bytes"]
     lines += [f"{length:>10}  {text!r}" for text, length in report.longest]
@@ -166,7 +210,7 @@ table {{ border-collapse: collapse; }} td, th {{ padding: 0 1em 0 0; text-align:
 {_plot(report.curve)}
 {_table(("vocabulary", "bytes per token"), [(f"{n:,}", f"{value:.3f}") for n, value in report.curve])}
 <h2>Single-byte tokens</h2>
-<p>Of the tokens of words that begin in a script, as many are a single byte.</p>
+<p>Of the tokens of words that begin in a script, as many are a single byte{_estimated(report)}.</p>
 {_table(("script", "single bytes", "share of the text"), scripts)}
 <h2>Longest tokens</h2>
 {_table(("token", "bytes"), longest)}
@@ -175,7 +219,8 @@ table {{ border-collapse: collapse; }} td, th {{ padding: 0 1em 0 0; text-align:
 
 
 def _summary(report: Report) -> str:
-    summary = f"{report.bytes:,} bytes of text in {report.words:,} words, {report.unique:,} of them different."
+    summary = f"A vocabulary of {report.curve[-1][0]:,}. " if report.curve else ""
+    summary += f"{report.bytes:,} bytes of text in {report.words:,} words, {report.unique:,} of them different."
     if report.outside:
         how = "they are left out, and are no tokens."
         if report.byte_fallback:
@@ -185,6 +230,10 @@ def _summary(report: Report) -> str:
             )
         summary += f" {report.outside:,} bytes ({report.outside / report.bytes:.1%}) are outside of the alphabet: {how}"
     return summary
+
+
+def _estimated(report: Report) -> str:
+    return "" if report.sample == report.unique else f", estimated from {report.sample:,} of the different words"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

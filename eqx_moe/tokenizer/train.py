@@ -232,14 +232,14 @@ class Training:
         if not self.sizes:
             raise ValueError("`vocab_size` must be a number, or at least one; got none.")
         check_memory(self.max_memory, max(self.sizes), threads)
-        if not layout(pattern).metaspace and initial_alphabet is None and limit_alphabet is None:
+        if layout(pattern).metaspace:  # What else is in the alphabet is known once words are counted.
+            self._check_sizes(len({*self.special_tokens, *BYTE_TOKENS}), "the special tokens and 256 for bytes")
+        elif initial_alphabet is None and limit_alphabet is None:
             self._check_sizes(len({*self.special_tokens, *byte_characters()}))
 
-    def _check_sizes(self, least: int) -> None:
+    def _check_sizes(self, least: int, of: str = "the special tokens and the alphabet") -> None:
         if min(self.sizes) < least:
-            raise ValueError(
-                f"`vocab_size` must be at least {least}, the special tokens and the alphabet; got {min(self.sizes)}."
-            )
+            raise ValueError(f"`vocab_size` must be at least {least}, {of}; got {min(self.sizes)}.")
 
     def counting(self) -> dict[str, Any]:
         """The options of counting."""
