@@ -2,6 +2,7 @@
 
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import meshes
@@ -10,10 +11,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from weights import draw
 
+from eqx_moe import train
 from eqx_moe.kernels import attention as dispatch
+from eqx_moe.kernels import splash
 from eqx_moe.kernels.attention import attention, attention_oracle, choose
 from eqx_moe.kernels.flash import CHUNK
 from eqx_moe.kernels.splash import splash_attention
+from eqx_moe.models import with_options
+from eqx_moe.sharding import check_mesh
 
 NAMES = ("out", "d_q", "d_k", "d_v", "d_sinks")
 
@@ -75,10 +80,18 @@ def test_in_bfloat16():
     assert_close(found, value_and_gradients(attention_oracle, *exact, None), tolerance=0.04)
 
 
-@pytest.mark.parametrize("rows, heads", [(("data", "expert"), "tensor"), ("data", None), (None, "tensor")])
-def test_rows_and_heads_may_lie_on_several_devices(rows, heads):
-    shape = (4, 6, 2, 135, 16, 8, None, True, True)
-    spread = functools.partial(interpreted, sharding=NamedSharding(meshes.mesh((2, 2, 2)), PartitionSpec(rows, heads)))
+@pytest.mark.parametrize(
+    "shape, mesh, rows, heads",
+    [
+        ((4, 6, 2, 135, 16, 8, None, True, True), (2, 2, 2), ("data", "expert"), "tensor"),
+        ((4, 6, 2, 135, 16, 8, None, True, True), (2, 2, 2), "data", None),
+        ((3, 8, 2, 135, 16, 8, 7, True, True), (2, 1, 4), None, "tensor"),  # each key for two devices
+        ((1, 12, 3, 135, 16, 8, None, True, True), (2, 2, 2), None, "tensor"),  # two devices for three keys: twice each
+        ((1, 3, 3, 135, 16, 8, None, True, True), (2, 2, 2), None, "tensor"),  # and not even that: whole
+    ],
+)
+def test_rows_and_heads_may_lie_on_several_devices(shape, mesh, rows, heads):
+    spread = functools.partial(interpreted, sharding=NamedSharding(meshes.mesh(mesh), PartitionSpec(rows, heads)))
     inputs = arrays(shape)
     assert_close(value_and_gradients(spread, *inputs, None), value_and_gradients(attention_oracle, *inputs, None))
 
@@ -98,18 +111,45 @@ def as_on_a_tpu(monkeypatch):
 
 
 def test_a_machine_with_a_tpu_may_also_compute_on_its_cpu(as_on_a_tpu):
-    shape = SHAPES[1]
-    inputs = arrays(shape)
-    assert_close(value_and_gradients(attention, *inputs, None), value_and_gradients(attention_oracle, *inputs, None))
+    inputs = arrays(SHAPES[1])
+    found = value_and_gradients(on_one_device, *inputs, None)
+    assert_close(found, value_and_gradients(attention_oracle, *inputs, None))
+
+
+on_one_device = functools.partial(attention, sharding=NamedSharding(meshes.mesh((1, 1, 1)), PartitionSpec(None, None)))
+
+
+def lowered(function, *inputs, window) -> str:
+    lower = functools.partial(value_and_gradients, function, window=window)
+    return jax.export.export(jax.jit(lower), platforms=["tpu"])(*inputs).mlir_module()
+
+
+def test_what_the_kernel_cannot_do_is_left_to_the_portable_way(as_on_a_tpu):
+    inputs = arrays(SHAPES[1])
+    assert "tpu_custom_call" not in lowered(attention, *inputs, window=None)  # on which of eight devices?
+    half = [x if x is None or x.dtype == np.int32 else x.astype(np.float16) for x in inputs]
+    assert "tpu_custom_call" not in lowered(on_one_device, *half, window=None)
+    for precision, taken in (("highest", True), ("high", False), ("BF16_BF16_F32_X3", False)):
+        with jax.default_matmul_precision(precision):
+            assert ("tpu_custom_call" in lowered(on_one_device, *inputs, window=None)) == taken, precision
+    with jax.enable_x64(True):
+        assert "tpu_custom_call" not in lowered(on_one_device, *inputs, window=None)
+    inside = jax.shard_map(
+        lambda q, k, v: on_one_device(q, k, v, scale=1.0),
+        mesh=meshes.mesh((8, 1, 1)),
+        in_specs=PartitionSpec("data"),
+        out_specs=PartitionSpec("data"),
+    )
+    q, k, v = (jnp.zeros((8, 4, 300, 16)) for _ in range(3))
+    assert jax.jit(inside)(q, k, v).shape == q.shape
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_lowers_for_a_tpu(as_on_a_tpu, shape):
     """The forward kernel, and the backward pass' two."""
     inputs = arrays(shape)
-    lower = functools.partial(value_and_gradients, attention, window=shape[6])
-    text = jax.export.export(jax.jit(lower), platforms=["tpu"])(*inputs).mlir_module()
-    assert text.count("tpu_custom_call") >= (3 if shape[3] > CHUNK else 0)
+    kernels = lowered(on_one_device, *inputs, window=shape[6]).count("tpu_custom_call")
+    assert kernels >= 3 if shape[3] > CHUNK else kernels == 0
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
@@ -126,7 +166,15 @@ def test_a_model_on_a_mesh_trains_by_it(as_on_a_tpu, monkeypatch, family):
         return tpu(*arrays)
 
     monkeypatch.setattr(dispatch, "CHUNK", 5)
-    monkeypatch.setattr(dispatch, "splash_attention", interpreted)
+    monkeypatch.setattr(splash, "splash_attention", interpreted)
     monkeypatch.setattr(dispatch.lax, "platform_dependent", platform_dependent)
-    meshes.check_loss_and_gradients(expected, meshes.mesh((2, 2, 2)))
+    mesh = meshes.mesh((2, 2, 2))
+    meshes.check_loss_and_gradients(expected, mesh)
     assert calls
+    # What was made for one mesh, under its own context, serves another.
+    splash._kernel.cache_clear()
+    batch = meshes.batch()
+    with jax.set_mesh(check_mesh(mesh)):
+        there = eqx.filter_jit(train.loss)(with_options(one, mesh=mesh), batch)[0]
+    elsewhere = eqx.filter_jit(train.loss)(with_options(one, mesh=meshes.mesh((4, 1, 2))), batch)[0]
+    np.testing.assert_allclose([there, elsewhere], expected[1][0], rtol=1e-6)

@@ -150,7 +150,7 @@ def _splash_takes(q, start, sharding: NamedSharding | None) -> bool:
         and q.dtype in (jnp.bfloat16, jnp.float32)
         and jax.config.jax_default_matmul_precision in precisions
         and not jax.config.jax_enable_x64
-        and not getattr(jax.typeof(q), "vma", ())
+        and not jax.sharding.get_abstract_mesh().manual_axes
         and (sharding is not None or jax.device_count() == 1)
     )
 
