@@ -12,10 +12,8 @@ import pathlib
 import tempfile
 from collections.abc import Iterable
 
-from eqx_moe.tokenizer import train_bpe_from_counts
-from eqx_moe.tokenizer.count import count_files, count_texts
-from eqx_moe.tokenizer.counts_file import Counted, add_counts, read_all, write_counts
-from eqx_moe.tokenizer.export import save_tokenizer
+from eqx_moe.tokenizer import Counted, count_files, count_texts, save_tokenizer, train_bpe_from_counts, write_counts
+from eqx_moe.tokenizer.counts_file import add_counts, read_all
 
 PATTERN = "llama3"
 

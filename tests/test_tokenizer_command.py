@@ -6,10 +6,14 @@ import re
 import subprocess
 import sys
 
+import bpe
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from eqx_moe.tokenizer import train_bpe
+from eqx_moe.tokenizer import Counted, count_texts, report, train_bpe, write_counts
+from eqx_moe.tokenizer.report import as_page, as_terminal, make_report
+from eqx_moe.tokenizer.train import Training
 
 SHORT = "It's 1234 o'clock! Naïve café, 日本語の文章です。\nHe said: 'We'll see'\r\n" * 5
 
@@ -157,6 +161,30 @@ def test_the_report_on_what_is_outside_of_the_alphabet(run, files, tmp_path, pat
             assert f"{30 / 31:.1%}  CJK" in said
 
 
+@pytest.mark.parametrize("pattern", ["gpt2", "metaspace"])
+def test_scripts_of_a_sample_are_nearly_those_of_all_words(monkeypatch, pattern):
+    """Frequent Latin words before many rare ones of other scripts, which are most of the text."""
+    random = np.random.default_rng(3)
+    letters = {"LATIN": "abcdefgh", "CJK": "日本語文章書物", "CYRILLIC": "абвгдежз"}
+    words = {" the": 9000, " of": 7000}
+    for script, count in (("LATIN", 400), ("CJK", 1200), ("CYRILLIC", 800)):
+        for _ in range(count):
+            words["".join(random.choice(list(letters[script]), random.integers(2, 7)))] = int(random.integers(1, 9))
+    counts = count_texts([f"\n{word}" for word, times in words.items() for _ in range(times)], pattern)
+    training = Training(700, pattern, [], 0, None, threads=1)
+    merges = training.merge(counts)
+    reports = []
+    for sample in (120, 10_000):
+        monkeypatch.setattr(report, "_SAMPLE", sample)
+        reports.append(make_report(counts, merges, characters=pattern == "metaspace", special_tokens=[]))
+    some, whole = ({name: shares for name, *shares in one.scripts} for one in reports)
+    assert reports[0].sample == 240 and reports[1].sample == reports[1].unique > 1500
+    for name in letters:
+        np.testing.assert_allclose(some[name], whole[name], atol=0.04)
+    assert "estimated from 240 of" in as_terminal(reports[0]) and "estimated" not in as_terminal(reports[1])
+    assert "A vocabulary of 700." in as_page(reports[0])
+
+
 def test_longest_tokens_have_no_byte_tokens(run, files, tmp_path):
     options = ["--vocab-size", 340, "--pattern", "metaspace", "--special-tokens", "<unk>", "--report"]
     _, said, _ = run("train", files[0], *options, "--out", tmp_path / "t.json")
@@ -190,6 +218,10 @@ def test_the_folder_that_one_is_in(run, files, tmp_path, monkeypatch, out):
         ("train a.txt --out t.json --max-memory 1KB", "`max_memory` must be at least"),
         ("merge-counts a.txt --out b.counts", "COUNTS-FORMAT"),
         ("count a.txt --pattern gtp2 --out a.counts", "gtp2"),
+        ("train a.txt --pattern metaspace --vocab-size 255 --out t.json", "at least 256.*256 for bytes.*got 255"),
+        ("train a.txt --vocab-size 300 300 --out t.json", "sizes that differ; got 300 300"),
+        ("merge-counts known.counts --out known.counts", "a file that is read.*known.counts"),
+        ("count a.txt --out a.counts --pattern=", "`pattern`"),
         ("count a.txt --out a.txt", "a file that is read.*a.txt"),
         ("count a.txt --out folder", "a folder, where a file.*folder"),
         ("train a.txt --out folder.json", "a folder, where a file.*folder.json"),
@@ -211,6 +243,7 @@ def test_errors_are_short(run, files, tmp_path, monkeypatch, line, message):
     for name in ("a.json", "page.html", "d-300"):
         (tmp_path / name).write_text(SHORT)
     (tmp_path / "linked.html").symlink_to(files[0])
+    write_counts("known.counts", Counted(bpe.word_counts({"ab": 3}), "gpt2", False))
     for name in ("folder", "folder.json", "folder.html"):
         (tmp_path / name).mkdir()
     before = contents(tmp_path)

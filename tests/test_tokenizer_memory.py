@@ -9,7 +9,9 @@ import pytest
 
 PROGRAM = """
 import hashlib, sys, threading, time
-from eqx_moe.tokenizer import train_bpe
+from eqx_moe.tokenizer import count_files, train_bpe
+from eqx_moe.tokenizer.report import make_report
+from eqx_moe.tokenizer.train import Training
 
 def anonymous():
     with open("/proc/self/status") as file:
@@ -24,7 +26,13 @@ def watch():
         time.sleep(0.002)
 watching = threading.Thread(target=watch)
 watching.start()
-tokenizer = train_bpe(sys.argv[1], 2000, "gpt2", threads=2, max_memory=sys.argv[2] if len(sys.argv) > 2 else None)
+bound = sys.argv[2] if len(sys.argv) > 2 else None
+training = Training(2000, "gpt2", [], 0, None, threads=2, max_memory=bound)
+words = count_files([sys.argv[1]], "gpt2", **training.counting())
+merges = training.merge(words)
+(tokenizer,) = training.tokenizers(merges)
+if bound:
+    make_report(words, merges, characters=False, special_tokens=[])
 done = True
 watching.join()
 print(peak, hashlib.sha256(tokenizer.to_str().encode()).hexdigest())

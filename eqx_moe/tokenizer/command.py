@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import os
 import pathlib
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -110,7 +111,7 @@ def _train(args: argparse.Namespace) -> None:
     if args.from_counts and (args.pattern is not None or args.lines):
         raise ValueError("--pattern and --lines are settled where words are counted; leave them out here.")
     counted = read_all(args.files) if args.from_counts else None
-    pattern = counted[0].pattern if counted else args.pattern
+    pattern = counted[0].pattern if counted else _pattern(args)
     training = Training(
         args.vocab_size, pattern, args.special_tokens, args.min_frequency, args.max_token_length,
         limit_alphabet=args.limit_alphabet, threads=args.threads, max_memory=args.max_memory,
@@ -124,7 +125,12 @@ def _train(args: argparse.Namespace) -> None:
             words = add_counts([part.words for part in counted], folder)
         else:
             words = stack.enter_context(_counted(args, pattern))
-        merges = training.merge(words)
+        try:
+            merges = training.merge(words)
+        except KeyboardInterrupt:
+            if counted:
+                print("\nthe counts are as they were: the same command merges again, from the start", file=sys.stderr)
+            raise
         for out, tokenizer in zip(outs, training.tokenizers(merges), strict=True):
             save_tokenizer(tokenizer, out, chat_template=template, **named)
             print(f"{tokenizer.get_vocab_size():,} tokens: {out}")
@@ -144,9 +150,14 @@ def _count(args: argparse.Namespace) -> None:
 
     _check_writable(args.out)
     _refuse_input("--out", args.out, args.files)
-    with _counted(args, args.pattern) as words:
-        write_counts(args.out, Counted(words, args.pattern, args.lines))
+    pattern = _pattern(args)
+    with _counted(args, pattern) as words:
+        write_counts(args.out, Counted(words, pattern, args.lines))
     print(f"{len(words):,} different words, {int(words.counts.sum()):,} in all: {args.out}")
+
+
+def _pattern(args: argparse.Namespace) -> str:
+    return _DEFAULT if args.pattern is None else args.pattern
 
 
 def _counted(args: argparse.Namespace, pattern: str) -> contextlib.AbstractContextManager[Any]:
@@ -171,6 +182,8 @@ def _outs(out: pathlib.Path, sizes: Sequence[int]) -> list[pathlib.Path]:
     """What is written for each size. `my-v1.5` is a folder and has no suffix: only .json stays at the end."""
     if len(sizes) == 1:
         return [out]
+    if len(set(sizes)) < len(sizes):
+        raise ValueError(f"--vocab-size must be sizes that differ; got {' '.join(map(str, sizes))}.")
     suffix = ".json" if out.suffix == ".json" else ""
     return [out.with_name(f"{out.name.removesuffix(suffix)}-{size}{suffix}") for size in sizes]
 
