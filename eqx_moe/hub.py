@@ -345,13 +345,14 @@ def _fetch(source: pathlib.Path | Snapshot, *names: str, optional: tuple[str, ..
 def local_folder(folder: str | os.PathLike, doing: str, expected: str = "a local folder") -> pathlib.Path:
     if not os.path.isdir(folder):
         there = exists(pathlib.Path(folder))
+        absent = "check the name; a repo on the Hub must be downloaded first (`hf download`)"
         raise CheckpointError(
             code="CFG-FOLDER",
             doing=doing,
             file=str(folder),
             expected=expected,
             found="something else under that name" if there else "nothing of that name",
-            fix="give the folder that the file lies in" if there else "check the name",
+            fix="give the folder that the file lies in" if there else absent,
         )
     finish_replacing(pathlib.Path(folder))
     return pathlib.Path(folder)

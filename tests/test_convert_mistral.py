@@ -236,3 +236,13 @@ def test_what_the_layout_cannot_say_is_refused():
     rope = dataclasses.replace(converting.CONFIG.rope_parameters, rope_type="linear", factor=2.0)
     with pytest.raises(ValueError, match="rotary"):
         mistral.params_of(dataclasses.replace(converting.CONFIG, rope_parameters=rope))
+
+
+def test_what_params_json_has_no_place_for_is_said(tmp_path, capsys):
+    config = dataclasses.replace(converting.CONFIG, bos_token_id=7, eos_token_id=9, router_aux_loss_coef=0.5)
+    converting.write(tmp_path / "a", config, "bfloat16")
+    (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": 9}')
+    run(to_mistral, tmp_path / "a", tmp_path / "b")
+    said = capsys.readouterr().out
+    assert "bos_token_id 7 (will be read as 1)" in said and "eos_token_id 9 (will be read as 2)" in said
+    assert "head_dim" not in said and "left out: 'generation_config.json'" in said

@@ -77,7 +77,8 @@ def attention(
     given: dict[str, Any] = dict(scale=scale, start=start, window=window, sinks=sinks)
     given |= dict(query_segments=query_segments, key_segments=key_segments)
     plain = start is None and query_segments is None and sinks is None and q.shape[-1] == v.shape[-1]
-    device = jax.local_devices()[0] if sharding is None else sharding.mesh.devices.flat[0]
+    mesh: Any = None if sharding is None else sharding.mesh
+    device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     splash, group = _splash_takes(q, start, sharding), q.shape[1] // k.shape[1]
     sizes = q.shape[2], k.shape[2], q.shape[-1]
     match choose(*_platform(device), q.dtype, *sizes, plain=plain, splash=splash, group=group):
@@ -143,19 +144,20 @@ def _splash_takes(q, start, sharding: NamedSharding | None) -> bool:
     split by XLA, nor run inside a `shard_map` that checks what varies. Its tables of the mask grow with the square of
     the length: at 65,536 places they take half a minute to make.
     """
+    options: Any = jax.config
     precisions = (None, "default", "bfloat16", *(("highest", "float32") if q.dtype == jnp.float32 else ()))
     return (
         start is None
         and q.shape[2] <= 1 << 16
         and q.dtype in (jnp.bfloat16, jnp.float32)
-        and jax.config.jax_default_matmul_precision in precisions
-        and not jax.config.jax_enable_x64
+        and options.jax_default_matmul_precision in precisions
+        and not options.jax_enable_x64
         and not jax.sharding.get_abstract_mesh().manual_axes
         and (sharding is not None or jax.device_count() == 1)
     )
 
 
-def _platform(device: jax.Device) -> tuple[str, float]:
+def _platform(device: Any) -> tuple[str, float]:
     """What a device is, `cuda` for NVIDIA GPUs, and their compute capability."""
     if device.device_kind.startswith("NVIDIA"):
         return "cuda", float(device.compute_capability)

@@ -6,6 +6,7 @@ several devices, over which XLA could not split a kernel that it cannot look int
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,8 @@ def _local(q, k, v, query_segments, key_segments, sinks, *, scale: float, window
         sinks = sinks.astype(q.dtype)  # The kernel's gradient has this dtype.
     kernel = _kernel(q.shape[1], q.shape[2], block, window, interpret)
     over_rows = (0, 0, 0, None if segments is None else 0, None)
-    return jax.vmap(kernel, in_axes=over_rows)(q, k, v, segments, sinks)[:, :, :seq]
+    out: Any = jax.vmap(kernel, in_axes=over_rows)(q, k, v, segments, sinks)
+    return out[:, :, :seq]
 
 
 def _block(seq: int) -> int:

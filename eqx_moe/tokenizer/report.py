@@ -3,7 +3,7 @@ bytes."""
 
 import html
 import unicodedata
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -125,7 +125,7 @@ def _scripts(
     # What the others' sample stands for: as many times its own bytes as they all have.
     scale = (size - _bytes(counts, often)) / max(1, _bytes(counts, rest))
     spell = _speller(merges, characters)
-    tokens, single, share = Counter(), Counter(), Counter()
+    tokens, single, share = (defaultdict[str, float](float) for _ in range(3))
     for words, times in ((often, 1.0), (rest, scale)):
         for word in words.tolist():
             raw = counts.text[counts.offsets[word] : counts.offsets[word + 1]].tobytes()
@@ -134,7 +134,8 @@ def _scripts(
             tokens[script] += weight * len(spelt)
             single[script] += weight * sum(_is_byte(token, characters) for token in spelt)
             share[script] += weight * len(raw)
-    found = [(name, single[name] / max(1, tokens[name]), n / size) for name, n in share.most_common(_SCRIPTS)]
+    most = sorted(share, key=lambda script: -share[script])[:_SCRIPTS]
+    found = [(name, single[name] / max(1, tokens[name]), share[name] / size) for name in most]
     return found, len(often) + len(rest)
 
 
