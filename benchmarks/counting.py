@@ -2,8 +2,8 @@
 
     python benchmarks/counting.py /tmp/large/books-en.txt [--patterns gpt2 llama3] [--runs 7]
 
-One process, its kernels loaded and the file in the page cache; one thread and two take turns. The first use is a process
-of its own with an empty cache of kernels, and then one that finds them there.
+One process, its kernels loaded and the file in the page cache; one thread and two take turns. The first use is a
+process of its own with an empty cache of kernels, and then one that finds them there.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from eqx_moe.tokenizer import count_files
 FIRST_USE = """
 import time, eqx_moe.tokenizer.train as training
 start, cpu = time.perf_counter(), time.process_time()
-training.train_bpe([], 300, "gpt2", progress=False)
+training.train_bpe_from_iterator(["It's a text. "] * 9, 300, "gpt2", progress=False)
 print(time.perf_counter() - start, time.process_time() - cpu)
 """
 
@@ -54,9 +54,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7)
     args = parser.parse_args()
     print(machine.description("eqx_moe", "numba"))
-    print(
-        "\n| text | pattern | one thread MB/s (slowest, fastest) | two threads | two / one |\n| --- | --- | --- | --- | --- |"
-    )
+    print("\n| text | pattern | one thread, MB/s (slowest, fastest) | two threads | two / one |")
+    print("| --- | --- | --- | --- | --- |")
     for path in args.files:
         size = os.path.getsize(path) / 1e6
         for pattern in args.patterns:
