@@ -19,7 +19,7 @@ import pytest
 import safetensors.numpy
 import tqdm
 
-from eqx_moe.checkpoint import Name, leaf_paths, load_leaves, plan, reader, replacing, save_leaves, writer
+from eqx_moe.checkpoint import Name, checksums, leaf_paths, load_leaves, plan, reader, replacing, save_leaves, writer
 from eqx_moe.checkpoint.dtypes import WEIGHT_DTYPES
 from eqx_moe.checkpoint.header import read_header
 from eqx_moe.checkpoint.reader import aligned_empty
@@ -472,3 +472,35 @@ def test_a_sum_that_fails_fails_the_save(tmp_path, monkeypatch):
             save_leaves(tmp_path, {path: leaf + 1 for path, leaf in old.items()}, ORIGINAL, other_files={})
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert same(load(tmp_path, old, verify=True), old)
+
+
+def test_verifying_tells_its_progress_and_stops(tmp_path, monkeypatch):
+    save_leaves(tmp_path, leaves(), ORIGINAL, max_shard_size=500)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    shown = []
+
+    def progress(doing, size):
+        shown.append(bar := tqdm.tqdm(total=size, disable=True))
+        update, bar.n = bar.update, 0
+        bar.update = lambda n: (setattr(bar, "n", bar.n + n), update(n))
+        return bar
+
+    monkeypatch.setattr(checksums, "progress", progress)
+    load(tmp_path, leaves(), verify=True)
+    assert shown[0].n == shown[0].total == sum(file.stat().st_size for file in files)
+    # The first file is wrong, and reading is slow: the others are not read to their ends.
+    files[0].write_bytes(files[0].read_bytes()[:-1] + b"\x77")
+    read_into, read = checksums.read_into, []
+    monkeypatch.setattr(checksums, "_BLOCK", 64)
+    monkeypatch.setattr(checksums, "threads", lambda: 2)
+
+    def slowly(file, path, start, here):
+        time.sleep(0.01)
+        read.append(len(here) if path.endswith("safetensors") else 0)
+        read_into(file, path, start, here)
+
+    monkeypatch.setattr(checksums, "read_into", slowly)
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path, leaves(), verify=True)
+    assert caught.value.code == "SUM-DIFFERS" and caught.value.file == str(files[0])
+    assert sum(read) < 0.8 * sum(file.stat().st_size for file in files)

@@ -7,7 +7,8 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 import numpy as np
@@ -42,10 +43,22 @@ def verify_checksums(folder: pathlib.Path, stored: Mapping[str, Stored]) -> None
             with open_plain(folder / INDEX, code="IDX-FILE", doing=_DOING) as index:
                 _check(folder / INDEX, _sha256(index, str(folder / INDEX)), sums)
         with progress("verifying", sum(os.fstat(file.fileno()).st_size for file in files.values())) as bar:
-            running = {path: pool.submit(_sha256, file, path) for path, file in files.items()}
-            for path, found in running.items():
-                _check(pathlib.Path(path), found.result(), sums)
-                bar.update(os.fstat(files[path].fileno()).st_size)
+            read, stopped = dict.fromkeys(files, 0), threading.Event()
+
+            def tell(path: str, count: int) -> bool:
+                read[path] += count
+                return not stopped.is_set()
+
+            running = {path: pool.submit(_sha256, file, path, tell) for path, file in files.items()}
+            try:
+                for path, found in running.items():
+                    while concurrent.futures.wait([found], timeout=0.2).not_done:
+                        bar.update(sum(read.values()) - bar.n)
+                    _check(pathlib.Path(path), found.result(), sums)
+                bar.update(sum(read.values()) - bar.n)
+            finally:  # After an error, or Ctrl-C, nobody waits for the rest.
+                stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _read_checksums(folder: pathlib.Path) -> dict[str, str]:
@@ -67,13 +80,16 @@ def _read_checksums(folder: pathlib.Path) -> dict[str, str]:
     return sums
 
 
-def _sha256(file: io.FileIO, path: str) -> str:
+def _sha256(file: io.FileIO, path: str, tell: Callable[[str, int], bool] = lambda path, count: True) -> str:
+    """`tell` is told of the bytes as they are read, and says whether to go on."""
     sha256, size = hashlib.sha256(), os.fstat(file.fileno()).st_size
     block = np.empty(_BLOCK, np.uint8)
     for start in range(0, size, _BLOCK):
         here = block[: size - start]
         read_into(file, path, start, here)
         sha256.update(here.data)
+        if not tell(path, len(here)):
+            break
     return sha256.hexdigest()
 
 
