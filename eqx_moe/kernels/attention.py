@@ -77,11 +77,9 @@ def attention(
     given: dict[str, Any] = dict(scale=scale, start=start, window=window, sinks=sinks)
     given |= dict(query_segments=query_segments, key_segments=key_segments)
     plain = start is None and query_segments is None and sinks is None and q.shape[-1] == v.shape[-1]
-    mesh: Any = None if sharding is None else sharding.mesh
-    device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     splash, group = _splash_takes(q, start, sharding), q.shape[1] // k.shape[1]
     sizes = q.shape[2], k.shape[2], q.shape[-1]
-    match choose(*_platform(device), q.dtype, *sizes, plain=plain, splash=splash, group=group):
+    match choose(*_platform(_device(sharding)), q.dtype, *sizes, plain=plain, splash=splash, group=group):
         case "dense":
             return attention_oracle(q, k, v, **given)
         case "flash":
@@ -155,6 +153,15 @@ def _splash_takes(q, start, sharding: NamedSharding | None) -> bool:
         and not jax.sharding.get_abstract_mesh().manual_axes
         and (sharding is not None or jax.device_count() == 1)
     )
+
+
+def _device(sharding: NamedSharding | None) -> Any:
+    """One of those where this is computed, one of this process' own if there is any."""
+    if sharding is None:
+        return jax.local_devices()[0]
+    mesh: Any = sharding.mesh
+    devices = list(mesh.devices.flat)
+    return next((device for device in devices if device.process_index == jax.process_index()), devices[0])
 
 
 def _platform(device: Any) -> tuple[str, float]:
