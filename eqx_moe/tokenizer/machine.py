@@ -26,7 +26,10 @@ cpu_target.target_context.refresh()  # pyright: ignore[reportAttributeAccessIssu
 
 @functools.cache
 def _say_that_it_compiles():
-    _log.warning("compiling the tokenizer's kernels for this machine: once, about ten seconds; then they are kept")
+    _log.warning(
+        "compiling the tokenizer's kernels for this machine, about ten seconds; then they are kept, and those of each "
+        "pattern when it is first used"
+    )
 
 
 class _Announcer(event.Listener):
