@@ -43,21 +43,22 @@ def _convert(args: argparse.Namespace) -> None:
             (args.target / CHECKSUMS).unlink(missing_ok=True)
             # Last: until then the folder is none that anything loads.
             os.rename(args.target / SINGLE, args.target / CONSOLIDATED)
-            print(written(source, args.target) + "".join(f"\n{line}" for line in _unsaid(source.config)))
+            print(written(source, args.target))
+            if unsaid := _unsaid(source.config):
+                print(f"not in params.json, which has no place for them: {unsaid}")
             if generation is not None:
                 print("left out: 'generation_config.json', which the layout does not have")
             if args.verify:
                 verify(source, open_mistral(args.target))
 
 
-def _unsaid(config: Any) -> list[str]:
+def _unsaid(config: Any) -> str:
     """What who reads params.json will take otherwise, because it has no place there."""
     again = config_of(params_of(config), PARAMS)
     # Said, if in other words.
     names = {field.name for field in dataclasses.fields(config)} - {"head_dim", "rope_parameters"}
     odd = [name for name in sorted(names) if getattr(config, name) != getattr(again, name)]
-    values = [f"{name} {getattr(config, name)!r} (will be read as {getattr(again, name)!r})" for name in odd]
-    return [f"not in params.json, which has no place for them: {', '.join(values)}"] if values else []
+    return ", ".join(f"{name} {getattr(config, name)!r} (will be read as {getattr(again, name)!r})" for name in odd)
 
 
 if __name__ == "__main__":

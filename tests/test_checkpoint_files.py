@@ -397,25 +397,41 @@ def test_mutated_files_are_refused_or_read_as_safetensors_reads_them(tmp_path):
     assert accepted > 20
 
 
+class Bar(tqdm.tqdm):
+    """Counts, and shows nothing; tqdm's own does neither if it is switched off."""
+
+    def __init__(self, doing: str, total: int):
+        super().__init__(total=total, disable=True)
+        self.doing, self.n = doing, 0
+
+    def update(self, n: int) -> None:
+        self.n += n
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """Puts `Bar` in the place of a module's; gives those that were made."""
+    made: list[Bar] = []
+
+    def watch(module) -> list[Bar]:
+        monkeypatch.setattr(module, "progress", lambda *given: made.append(Bar(*given)) or made[-1])
+        return made
+
+    return watch
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("module, doing", [(writer, "saving"), (reader, "loading")])
-def test_the_bar_counts_every_byte_once(tmp_path, monkeypatch, layout, module, doing):
-    shown, tree = [], leaves()
-
-    def progress(*given):
-        shown.append((*given, bar := tqdm.tqdm(total=given[1], disable=True)))
-        bar.update = lambda n: shown.append(n)
-        return bar
-
-    monkeypatch.setattr(module, "progress", progress)
+def test_the_bar_counts_every_byte_once(tmp_path, bars, layout, module, doing):
+    made, tree = bars(module), leaves()
     save_leaves(tmp_path, tree, LAYOUTS[layout], max_shard_size=500)
     load(tmp_path, tree)
-    (what, total, _), *steps = shown
+    (bar,) = made
     size = sum(leaf.nbytes for leaf in tree.values())
     if doing == "saving":  # headers and index too
         size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors*"))
-    assert (what, total) == (doing, size)
-    assert sum(steps) == size
+    assert (bar.doing, bar.total) == (doing, size)
+    assert bar.n == size
 
 
 def interrupted_save(folder, monkeypatch, at: int):
@@ -464,30 +480,25 @@ def test_after_an_error_no_sum_is_waited_for(tmp_path, monkeypatch):
 
 
 def test_a_sum_that_fails_fails_the_save(tmp_path, monkeypatch):
+    def failing(*task):
+        raise OSError(5, "Input/output error")
+
     old = leaves()
     save_leaves(tmp_path, old, ORIGINAL, other_files={"config.json": b"old"})
     with monkeypatch.context() as patch:
-        patch.setattr(replacing, "_sha256", lambda *task: exec("raise OSError(5, 'Input/output error')"))
+        patch.setattr(replacing, "_sha256", failing)
         with pytest.raises(OSError, match="Input/output"):
             save_leaves(tmp_path, {path: leaf + 1 for path, leaf in old.items()}, ORIGINAL, other_files={})
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert same(load(tmp_path, old, verify=True), old)
 
 
-def test_verifying_tells_its_progress_and_stops(tmp_path, monkeypatch):
+def test_verifying_tells_its_progress_and_stops(tmp_path, monkeypatch, bars):
     save_leaves(tmp_path, leaves(), ORIGINAL, max_shard_size=500)
     files = sorted(tmp_path.glob("*.safetensors"))
-    shown = []
-
-    def progress(doing, size):
-        shown.append(bar := tqdm.tqdm(total=size, disable=True))
-        update, bar.n = bar.update, 0
-        bar.update = lambda n: (setattr(bar, "n", bar.n + n), update(n))
-        return bar
-
-    monkeypatch.setattr(checksums, "progress", progress)
+    made = bars(checksums)
     load(tmp_path, leaves(), verify=True)
-    assert shown[0].n == shown[0].total == sum(file.stat().st_size for file in files)
+    assert made[0].n == made[0].total == sum(file.stat().st_size for file in files)
     # The first file is wrong, and reading is slow: the others are not read to their ends.
     files[0].write_bytes(files[0].read_bytes()[:-1] + b"\x77")
     read_into, read = checksums.read_into, []

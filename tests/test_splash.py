@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import meshes
 import numpy as np
 import pytest
+import test_attention
 from jax.sharding import NamedSharding, PartitionSpec
 from weights import draw
 
@@ -19,8 +20,6 @@ from eqx_moe.kernels.flash import CHUNK
 from eqx_moe.kernels.splash import splash_attention
 from eqx_moe.models import with_options
 from eqx_moe.sharding import check_mesh
-
-NAMES = ("out", "d_q", "d_k", "d_v", "d_sinks")
 
 # (batch, heads, kv_heads, seq, head_dim, value_dim, window, segments, sinks): one block, several blocks, lengths that
 # are no multiple of one; heads alone, grouped, and sharing one key.
@@ -56,12 +55,7 @@ def value_and_gradients(function, q, k, v, sinks, d_out, segments, window):
     return out, *(x for x in pull(d_out) if x is not None)
 
 
-def assert_close(found, expected, tolerance=2e-5):
-    for name, ours, theirs in zip(NAMES, found, expected, strict=False):
-        ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
-        assert np.abs(ours - theirs).max() <= tolerance * max(1.0, np.abs(theirs).max()), name
-
-
+assert_close = functools.partial(test_attention.assert_close, tolerance=2e-5)
 interpreted = functools.partial(splash_attention, interpret=True)
 
 
@@ -77,6 +71,7 @@ def test_in_bfloat16():
     found = value_and_gradients(interpreted, *inputs, None)
     assert all(x.dtype == jnp.bfloat16 for x in found)
     exact = [x if x is None or x.dtype == np.int32 else np.asarray(x, np.float32) for x in inputs]
+    found = [np.asarray(x, np.float32) for x in found]
     assert_close(found, value_and_gradients(attention_oracle, *exact, None), tolerance=0.04)
 
 

@@ -58,7 +58,7 @@ def verify_checksums(folder: pathlib.Path, stored: Mapping[str, Stored]) -> None
                 bar.update(sum(read.values()) - bar.n)
             finally:  # After an error, or Ctrl-C, nobody waits for the rest.
                 stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)
 
 
 def _read_checksums(folder: pathlib.Path) -> dict[str, str]:
