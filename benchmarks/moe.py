@@ -88,7 +88,7 @@ def our_block(size: Size, seed: int = 0) -> MoE:
     router_key, experts_key = jax.random.split(jax.random.key(seed))
     options = dict(std=0.02, dtype=jnp.float32)
     router = SoftmaxTopKRouter(HIDDEN, size.experts, size.k, key=router_key, **options)
-    return MoE(router, Experts(size.experts, HIDDEN, size.ffn, key=experts_key, **options), Grouped())
+    return MoE(router, Experts(size.experts, HIDDEN, size.ffn, key=experts_key, **options), execution=Grouped())
 
 
 def their_blocks(block: MoE) -> dict[str, MixtralSparseMoeBlock]:

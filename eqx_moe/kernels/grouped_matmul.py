@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from eqx_moe.kernels.cpu import calls as cpu
 from eqx_moe.kernels.linear import row_in_parts
 
 # Rows that a visit of the overflow takes; and where fewer are left.
@@ -79,13 +80,24 @@ def _grouped_bwd(expected, residuals, dy):
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
+def _has_kernel(*operands: Array) -> bool:
+    """Whether the CPU kernels take such operands. They are compiled only where JAX runs on CPU."""
+    return (
+        all(each.dtype == jnp.float32 and each.size > 0 for each in operands)
+        and jax.default_backend() == "cpu"
+        and cpu.available()
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("expected", "transpose"))
 def _product(x, weight, sizes, *, expected: int, transpose: bool):
     """Rows times their group's matrix, or (for the gradient of rows) times its transpose."""
     few = not transpose and x.shape[0] <= min(_FEW, _FEW_EACH * weight.shape[0])
     portable = _row_by_row if few else functools.partial(_batched, expected=expected, transpose=transpose)
-    native = functools.partial(_ragged_dot, transpose=transpose)
-    return lax.platform_dependent(x, weight, sizes, tpu=native, default=portable)
+    ways = {"tpu": functools.partial(_ragged_dot, transpose=transpose)}
+    if _has_kernel(x, weight):
+        ways["cpu"] = cpu.transposed_product if transpose else cpu.product
+    return lax.platform_dependent(x, weight, sizes, default=portable, **ways)
 
 
 def _multiply(rows, matrix, transpose: bool):
@@ -246,6 +258,12 @@ def _batched(x, weight, sizes, *, expected: int, transpose: bool):
 @functools.partial(jax.jit, static_argnames="expected")
 def _weight_gradient(x, dy, sizes, *, expected: int):
     """For each group, the sum over its rows of the outer product of `dy` and `x`, in float32."""
+    portable = functools.partial(_batched_gradient, expected=expected)
+    ways = {"cpu": cpu.weight_gradient} if _has_kernel(x, dy) else {}
+    return lax.platform_dependent(x, dy, sizes, default=portable, **ways)
+
+
+def _batched_gradient(x, dy, sizes, *, expected: int):
     layout = _Layout(sizes, x.shape[0], expected)
     filled = jnp.arange(layout.slots) < layout.held[:, None]
 

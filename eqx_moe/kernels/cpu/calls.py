@@ -1,0 +1,77 @@
+"""Grouped products on CPU as JAX operations: float32, in machine code of our own.
+
+XLA's matrix products copy what they are given into a form that they like, an expert's matrix too, and of few rows that
+is most of the time; a slice of a stack it copies before that. These read operands where they lie.
+"""
+
+import ctypes
+import functools
+import os
+import platform
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Int
+
+_TARGET = "eqx_moe_grouped_matmul"
+_lock = threading.Lock()
+
+
+@functools.cache
+def available() -> bool:
+    """Whether this machine has what the kernels need: fused multiply-adds and POSIX."""
+    import llvmlite.binding
+
+    if os.name != "posix" or sys.byteorder != "little" or sys.maxsize < 2**32:
+        return False
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return bool(llvmlite.binding.get_host_cpu_features().get("fma"))
+    return platform.machine().lower() in ("aarch64", "arm64")
+
+
+@functools.cache
+def _kernels():
+    """The kernels, compiled if this is their first use on the machine; XLA knows of them afterwards."""
+    from eqx_moe.compiled import announced
+
+    with announced("compiling the experts' CPU kernels for this machine, some seconds; then they are kept"):
+        from eqx_moe.kernels.cpu import handler
+    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(handler.handler.ctypes), platform="cpu")
+    return handler
+
+
+def _call(shape: tuple[int, ...], kind: str, *arguments):
+    with _lock:
+        kernels = _kernels()
+    result = jax.ShapeDtypeStruct(shape, jnp.float32)
+    call = jax.ffi.ffi_call(_TARGET, result, vmap_method="sequential")
+    return call(*arguments, kind=np.int64(getattr(kernels, kind)))
+
+
+def product(
+    x: Float32[Array, "rows in"],
+    weight: Float32[Array, "groups out in"],
+    sizes: Int[Array, " groups"],
+) -> Float32[Array, "rows out"]:
+    """As `grouped_matmul`."""
+    return _call((x.shape[0], weight.shape[1]), "PRODUCT", x, weight, sizes.astype(jnp.int32))
+
+
+def transposed_product(
+    x: Float32[Array, "rows out"],
+    weight: Float32[Array, "groups out in"],
+    sizes: Int[Array, " groups"],
+) -> Float32[Array, "rows in"]:
+    """Each row times the transposed matrix of its group."""
+    return _call((x.shape[0], weight.shape[2]), "TRANSPOSED", x, weight, sizes.astype(jnp.int32))
+
+
+def weight_gradient(
+    x: Float32[Array, "rows in"], dy: Float32[Array, "rows out"], sizes: Int[Array, " groups"]
+) -> Float32[Array, "groups out in"]:
+    """For each group, the sum over its rows of the outer product of `dy` and `x`."""
+    shape = (sizes.shape[0], dy.shape[1], x.shape[1])
+    return _call(shape, "WEIGHT_GRADIENT", x, dy, sizes.astype(jnp.int32))

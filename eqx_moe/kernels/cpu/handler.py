@@ -1,0 +1,226 @@
+"""The C function that XLA calls for a grouped product, and how it shares the work with XLA's threads.
+
+XLA's foreign function interface is a C one (`xla/ffi/api/c_api.h`, which jaxlib brings along). Offsets below are those of
+its structs, which it promises to keep within major version 0.
+"""
+
+from numba import njit
+
+from eqx_moe.compiled import c_function
+from eqx_moe.kernels.cpu.gemm import BLOCK, multiply, multiply_turned
+from eqx_moe.kernels.cpu.instructions import (
+    call,
+    call_task,
+    clear,
+    process_word,
+    fetch_add,
+    free,
+    int_at,
+    malloc,
+    on_stack,
+    put_int,
+    put_word,
+    sched_yield,
+    word_at,
+)
+
+#: What is computed: rows times their matrices, rows times the transposed matrices, or the gradient of the matrices.
+PRODUCT, TRANSPOSED, WEIGHT_GRADIENT = 0, 1, 2
+
+#: The version of the interface that this is written for.
+_MAJOR, _MINOR = 0, 3
+
+# XLA_FFI_CallFrame: extension, api, ctx, args.args, rets.rets, attrs.attrs. XLA_FFI_Buffer: data, dims.
+_EXTENSION, _API, _CONTEXT, _ARGS, _RETS, _ATTRS = 8, 16, 24, 72, 112, 160
+_DATA, _DIMS = 24, 40
+# XLA_FFI_Api: ThreadPool_Schedule, ThreadPool_NumThreads.
+_SCHEDULE, _NUM_THREADS = 136, 144
+
+# A job, in words: threads that still know of it, next item, items done, items; then what `_item` reads.
+_HOLDERS, _NEXT, _DONE, _ITEMS, _KIND, _X, _OTHER, _SIZES, _OUT, _ROWS, _GROUPS, _OUTER, _INNER, _SHARE = range(0, 112, 8)
+_JOB_BYTES = 112
+
+# Rows that an item takes at most, and features at least and in multiples of, so that packing is little beside multiplying.
+_ROW_BLOCK, _FEATURES = 512, 96
+
+# Multiplications below which another thread is not worth waking.
+_SMALL = 1 << 18
+
+# The address of `help_out`.
+_helper_cell, _helper = process_word("eqx_moe_grouped_matmul_helper")
+
+
+@njit(nogil=True)
+def _dim(buffer, axis):
+    return word_at(word_at(buffer + _DIMS) + 8 * axis)
+
+
+@njit(nogil=True)
+def _cut(job, size):
+    """Into how many blocks of rows and of features the work of a group with so many rows is cut, and features a block."""
+    kind = word_at(job + _KIND)
+    # The features that a matrix product gets its independent parts from.
+    features = word_at(job + _INNER) if kind == TRANSPOSED else word_at(job + _OUTER)
+    share = word_at(job + _SHARE)
+    row_blocks = 1 if kind == WEIGHT_GRADIENT else -(-size // _ROW_BLOCK)
+    blocks = max(1, min(-(-size // share), features // _FEATURES), -(-features // BLOCK))
+    block = -(-features // (blocks * _FEATURES)) * _FEATURES
+    return row_blocks, -(-features // block), block
+
+
+@njit(nogil=True)
+def _size(job, group, start):
+    """Rows of a group that starts at a row; never past the last row, whatever the sizes say."""
+    size = int_at(word_at(job + _SIZES) + 4 * group)
+    return max(0, min(size, word_at(job + _ROWS) - start))
+
+
+@njit(nogil=True)
+def _item(job, group, start, size, row_block, block, features):
+    """One block of one group."""
+    kind = word_at(job + _KIND)
+    x, other, out = word_at(job + _X), word_at(job + _OTHER), word_at(job + _OUT)
+    outer, inner = word_at(job + _OUTER), word_at(job + _INNER)
+    first = block * features
+    if kind == WEIGHT_GRADIENT:
+        some = min(features, outer - first)
+        to = out + 4 * (group * outer + first) * inner
+        if size == 0:
+            clear(to, 4 * some * inner)
+        else:
+            dy = other + 4 * (start * outer + first)
+            multiply(dy, 4, 4 * outer, some, x + 4 * start * inner, 4 * inner, inner, size, to, 4 * inner)
+        return
+    start += row_block * _ROW_BLOCK
+    rows = min(_ROW_BLOCK, size - row_block * _ROW_BLOCK)
+    weight = other + 4 * group * outer * inner
+    if kind == PRODUCT:
+        some = min(features, outer - first)
+        weight += 4 * first * inner
+        to = out + 4 * (start * outer + first)
+        multiply_turned(weight, 4 * inner, some, x + 4 * start * inner, 4 * inner, rows, inner, to, 4 * outer)
+    else:
+        some = min(features, inner - first)
+        to = out + 4 * (start * inner + first)
+        multiply(x + 4 * start * outer, 4 * outer, 4, rows, weight + 4 * first, 4 * inner, some, outer, to, 4 * inner)
+
+
+@njit(nogil=True)
+def _work(job):
+    """Takes items until none is left."""
+    items, groups = word_at(job + _ITEMS), word_at(job + _GROUPS)
+    group, start, seen = 0, 0, 0
+    size = _size(job, 0, 0)
+    row_blocks, blocks, features = _cut(job, size)
+    while True:
+        item = fetch_add(job + _NEXT, 1)
+        if item >= items:
+            return
+        while item >= seen + row_blocks * blocks:
+            seen += row_blocks * blocks
+            start += size
+            group += 1
+            size = _size(job, group, start)
+            row_blocks, blocks, features = _cut(job, size)
+        _item(job, group, start, size, (item - seen) // blocks, (item - seen) % blocks, features)
+        fetch_add(job + _DONE, 1)
+
+
+@njit(nogil=True)
+def _let_go(job):
+    if fetch_add(job + _HOLDERS, -1) == 1:
+        free(job)
+
+
+@c_function("void(int64)")
+def help_out(job):
+    """What each thread does; one may come when all is done and the arrays are gone, but the job stays until then."""
+    _work(job)
+    _let_go(job)
+
+
+_helper_cell.value = help_out.address
+
+
+@njit(nogil=True)
+def _threads(frame):
+    count, arguments = on_stack(8), on_stack(32)
+    put_word(count, 1)
+    put_word(arguments, 32)
+    put_word(arguments + 8, 0)
+    put_word(arguments + 16, word_at(frame + _CONTEXT))
+    put_word(arguments + 24, count)
+    call(word_at(word_at(frame + _API) + _NUM_THREADS), arguments)
+    return word_at(count)
+
+
+@njit(nogil=True)
+def _ask_for_help(frame, job):
+    arguments = on_stack(40)
+    put_word(arguments, 40)
+    put_word(arguments + 8, 0)
+    put_word(arguments + 16, word_at(frame + _CONTEXT))
+    put_word(arguments + 24, _helper())
+    put_word(arguments + 32, job)
+    if call(word_at(word_at(frame + _API) + _SCHEDULE), arguments) != 0:
+        _let_go(job)
+
+
+@c_function("int64(int64)")
+def handler(frame):
+    """An `XLA_FFI_Handler`: (x [rows, inner], weight [groups, outer, inner] or dy [rows, outer], sizes [groups]) -> out.
+
+    All float32 but the sizes, int32. For TRANSPOSED, x is [rows, outer] and the result [rows, inner].
+    """
+    extension = word_at(frame + _EXTENSION)
+    if extension != 0:
+        # XLA asks which version of the interface the function is written for, and for no more.
+        metadata = word_at(extension + 24)
+        put_int(metadata + 24, _MAJOR)
+        put_int(metadata + 28, _MINOR)
+        put_int(metadata + 32, 0)
+        return 0
+    arguments = word_at(frame + _ARGS)
+    x, other, sizes = word_at(arguments), word_at(arguments + 8), word_at(arguments + 16)
+    out = word_at(word_at(frame + _RETS))
+    kind = word_at(word_at(word_at(word_at(frame + _ATTRS)) + 8))
+    matrices = out if kind == WEIGHT_GRADIENT else other
+    rows, groups, outer, inner = _dim(x, 0), _dim(matrices, 0), _dim(matrices, 1), _dim(matrices, 2)
+    threads = _threads(frame)
+
+    job = malloc(_JOB_BYTES)
+    put_word(job + _NEXT, 0)
+    put_word(job + _DONE, 0)
+    put_word(job + _KIND, kind)
+    put_word(job + _X, word_at(x + _DATA))
+    put_word(job + _OTHER, word_at(other + _DATA))
+    put_word(job + _SIZES, word_at(sizes + _DATA))
+    put_word(job + _OUT, word_at(out + _DATA))
+    put_word(job + _ROWS, rows)
+    put_word(job + _GROUPS, groups)
+    put_word(job + _OUTER, outer)
+    put_word(job + _INNER, inner)
+    # Rows of a group for each block of its features: so that there are a few blocks a thread, if rows lie evenly.
+    put_word(job + _SHARE, max(1, rows // (4 * threads)))
+
+    items, start = 0, 0
+    for group in range(groups):
+        size = _size(job, group, start)
+        row_blocks, blocks, _ = _cut(job, size)
+        items += row_blocks * blocks
+        start += size
+    if kind != WEIGHT_GRADIENT:
+        width = outer if kind == PRODUCT else inner
+        clear(word_at(out + _DATA) + 4 * start * width, 4 * (rows - start) * width)
+    put_word(job + _ITEMS, items)
+
+    helpers = max(0, min(threads, items) - 1) if start * outer * inner > _SMALL else 0
+    # This thread works as the others do, and knows of the job until all are done.
+    put_word(job + _HOLDERS, 2 + helpers)
+    for _ in range(helpers):
+        _ask_for_help(frame, job)
+    call_task(_helper(), job)
+    while word_at(job + _DONE) < items:
+        sched_yield()
+    _let_go(job)
+    return 0

@@ -1,0 +1,321 @@
+"""What Numba does not have and the kernels of `gemm` need: a register tile, a transposition, bytes at an address, atomics.
+
+Addresses and strides are whole numbers, in bytes, int64. Nothing is checked.
+"""
+
+import ctypes
+from typing import no_type_check
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_FLOAT, _WORD, _INT, _BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
+
+
+def _lanes() -> int:
+    """Floats of a vector register: 16 with AVX-512; else 8, which NEON takes as two halves."""
+    return 16 if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else 8
+
+
+#: Floats of a vector.
+LANES = _lanes()
+
+#: Columns and rows of a tile. Two fused multiply-adds can start in a cycle and each takes four, so at least eight sums are
+#: under way; sums, a row of B and a value of A have to fit 16 registers, 32 with AVX-512.
+WIDE, WIDE_ROWS = 2 * LANES, 6 if LANES == 8 else 8
+NARROW, NARROW_ROWS = LANES, 8
+
+
+def _pointer(builder, address, kind):
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def _clamped(builder, last, count: int):
+    """`[min(0, last), min(1, last), ...]`, `count` of them."""
+    return [builder.select(builder.icmp_signed("<", _WORD(i), last), _WORD(i), last) for i in range(count)]
+
+
+def _tile(rows: int, columns: int):
+    @no_type_check
+    @intrinsic
+    def tile(typing_context, a, a_row, a_depth, b, c, c_row, last, depth, add):
+        """`C[m, :] = sum over k of A[m, k] B[k, :]`, or `+=` where `add` is not 0. B is dense; `depth` is at least 1.
+
+        Rows of A past `last` are taken to be row `last`, of C too: they write the same once more.
+        """
+
+        def codegen(context, builder, signature, arguments):
+            a, a_row, a_depth, b, c, c_row, last, depth, add = arguments
+            vector = ir.VectorType(_FLOAT, LANES)
+            zero, unknown = ir.Constant(vector, [0.0] * LANES), ir.Constant(vector, ir.Undefined)
+            everywhere = ir.Constant(ir.VectorType(_INT, LANES), [0] * LANES)
+            kind = ir.FunctionType(vector, [vector] * 3)
+            multiply_add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
+            vectors = range(columns // LANES)
+            index = _clamped(builder, last, rows)
+            starts = [builder.add(a, builder.mul(m, a_row)) for m in index]
+
+            before = builder.block
+            loop, done = builder.append_basic_block("depth"), builder.append_basic_block("summed")
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            k, offset, here = (builder.phi(_WORD) for _ in range(3))
+            sums = [[builder.phi(vector) for _ in vectors] for _ in range(rows)]
+            line = [builder.load(_pointer(builder, builder.add(here, _WORD(4 * LANES * v)), vector), align=4) for v in vectors]
+            totals = []
+            for start, row in zip(starts, sums, strict=True):
+                value = builder.load(_pointer(builder, builder.add(start, offset), _FLOAT), align=4)
+                spread = builder.shuffle_vector(builder.insert_element(unknown, value, _INT(0)), unknown, everywhere)
+                totals.append([builder.call(multiply_add, [spread, line[v], row[v]]) for v in vectors])
+            steps = ((k, _WORD(0), _WORD(1)), (offset, _WORD(0), a_depth), (here, b, _WORD(4 * columns)))
+            for phi, first, step in steps:
+                phi.add_incoming(first, before)
+                phi.add_incoming(builder.add(phi, step), loop)
+            for row, total in zip(sums, totals, strict=True):
+                for phi, value in zip(row, total, strict=True):
+                    phi.add_incoming(zero, before)
+                    phi.add_incoming(value, loop)
+            builder.cbranch(builder.icmp_signed("<", builder.add(k, _WORD(1)), depth), loop, done)
+
+            builder.position_at_end(done)
+            places = [
+                [_pointer(builder, builder.add(builder.add(c, builder.mul(m, c_row)), _WORD(4 * LANES * v)), vector) for v in vectors]
+                for m in index
+            ]
+            with builder.if_else(builder.icmp_signed("!=", add, _WORD(0))) as (then, otherwise):
+                with then:
+                    # All are read before any is written: the last row may be there more than once.
+                    old = [[builder.load(place, align=4) for place in row] for row in places]
+                    for m in range(rows):
+                        for v in vectors:
+                            builder.store(builder.fadd(old[m][v], totals[m][v]), places[m][v], align=4)
+                with otherwise:
+                    for m in range(rows):
+                        for v in vectors:
+                            builder.store(totals[m][v], places[m][v], align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 9), codegen
+
+    return tile
+
+
+wide_tile = _tile(WIDE_ROWS, WIDE)
+narrow_tile = _tile(NARROW_ROWS, NARROW)
+
+
+@no_type_check
+@intrinsic
+def transpose8(typing_context, source, source_row, source_last, target, target_row, target_last):
+    """`target[j, i] = source[i, j]` for 8 x 8 floats; rows past the last ones are taken to be those, as in `tile`."""
+
+    def codegen(context, builder, signature, arguments):
+        source, source_row, source_last, target, target_row, target_last = arguments
+        vector = ir.VectorType(_FLOAT, 8)
+
+        def rows(base, stride, last):
+            index = _clamped(builder, last, 8)
+            return [_pointer(builder, builder.add(base, builder.mul(i, stride)), vector) for i in index]
+
+        lines = [builder.load(place, align=4) for place in rows(source, source_row, source_last)]
+        # Three rounds; each swaps the off-diagonal blocks of half the size before: 4 x 4, 2 x 2, single values.
+        for half in (4, 2, 1):
+            low = [j if not j & half else 8 + j - half for j in range(8)]
+            high = [j + half if not j & half else 8 + j for j in range(8)]
+            masks = [ir.Constant(ir.VectorType(_INT, 8), mask) for mask in (low, high)]
+            for i in range(8):
+                if not i & half:
+                    pair = lines[i], lines[i + half]
+                    lines[i], lines[i + half] = (builder.shuffle_vector(*pair, mask) for mask in masks)
+        for line, place in zip(lines, rows(target, target_row, target_last), strict=True):
+            builder.store(line, place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), codegen
+
+
+@no_type_check
+@intrinsic
+def move(typing_context, source, target):
+    """`LANES` floats from one address to another."""
+
+    def codegen(context, builder, signature, arguments):
+        vector = ir.VectorType(_FLOAT, LANES)
+        source, target = (_pointer(builder, address, vector) for address in arguments)
+        builder.store(builder.load(source, align=4), target, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@no_type_check
+@intrinsic
+def move1(typing_context, source, target):
+    """One float from one address to another."""
+
+    def codegen(context, builder, signature, arguments):
+        source, target = (_pointer(builder, address, _FLOAT) for address in arguments)
+        builder.store(builder.load(source, align=4), target, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@no_type_check
+@intrinsic
+def add1(typing_context, source, target):
+    """Adds the float at one address to that at another."""
+
+    def codegen(context, builder, signature, arguments):
+        source, target = (_pointer(builder, address, _FLOAT) for address in arguments)
+        total = builder.fadd(builder.load(target, align=4), builder.load(source, align=4))
+        builder.store(total, target, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@no_type_check
+@intrinsic
+def prefetch(typing_context, address):
+    """Ask for the cache line at an address, which will be read soon; the address may be anywhere."""
+
+    def codegen(context, builder, signature, arguments):
+        byte = _BYTE.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, _INT, _INT, _INT])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        builder.call(function, [_pointer(builder, arguments[0], _BYTE), _INT(0), _INT(3), _INT(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@no_type_check
+@intrinsic
+def clear(typing_context, address, length):
+    """Zeros, `length` bytes of them."""
+
+    def codegen(context, builder, signature, arguments):
+        cgutils.memset(builder, _pointer(builder, arguments[0], _BYTE), arguments[1], 0)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@no_type_check
+@intrinsic
+def int_at(typing_context, address):
+    """The int32 at an address, as int64."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.sext(builder.load(_pointer(builder, arguments[0], _INT)), _WORD)
+
+    return types.int64(types.int64), codegen
+
+
+@no_type_check
+@intrinsic
+def put_int(typing_context, address, value):
+    """Puts an int32 at an address."""
+
+    def codegen(context, builder, signature, arguments):
+        builder.store(builder.trunc(arguments[1], _INT), _pointer(builder, arguments[0], _INT))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@no_type_check
+@intrinsic
+def word_at(typing_context, address):
+    """The int64 at an address; what other threads wrote before they wrote it is seen after it."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.load_atomic(_pointer(builder, arguments[0], _WORD), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@no_type_check
+@intrinsic
+def put_word(typing_context, address, value):
+    """Puts an int64 at an address."""
+
+    def codegen(context, builder, signature, arguments):
+        builder.store(arguments[1], _pointer(builder, arguments[0], _WORD))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@no_type_check
+@intrinsic
+def fetch_add(typing_context, address, value):
+    """Adds to the int64 at an address, at once for all threads; what was there before."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.atomic_rmw("add", _pointer(builder, arguments[0], _WORD), arguments[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@no_type_check
+@intrinsic(prefer_literal=True)
+def on_stack(typing_context, size):
+    """The address of so many bytes (a constant) that last as long as the function that asks for them."""
+    length = size.literal_value
+
+    def codegen(context, builder, signature, arguments):
+        with builder.goto_entry_block():
+            place = builder.alloca(_BYTE, length)
+            place.align = 64
+        return builder.ptrtoint(place, _WORD)
+
+    return types.int64(size), codegen
+
+
+def _caller(gives):
+    result = ir.VoidType() if gives == types.void else _WORD
+
+    @no_type_check
+    @intrinsic
+    def call(typing_context, function, argument):
+        """Calls the C function at an address with an int64."""
+
+        def codegen(context, builder, signature, arguments):
+            kind = ir.FunctionType(result, [_WORD])
+            found = builder.call(_pointer(builder, arguments[0], kind), [arguments[1]])
+            return context.get_dummy_value() if gives == types.void else found
+
+        return gives(types.int64, types.int64), codegen
+
+    return call
+
+
+#: Calls of a function that gives nothing, and of one that gives an address.
+call_task, call = _caller(types.void), _caller(types.int64)
+
+
+def process_word(name: str):
+    """A number that each process has its own of, though all load the same machine code: a cell to put it in, and what reads it."""
+    cell = ctypes.c_int64()
+    llvmlite.binding.add_symbol(name, ctypes.addressof(cell))
+
+    @no_type_check
+    @intrinsic
+    def load(typing_context):
+        def codegen(context, builder, signature, arguments):
+            place = builder.module.globals.get(name) or ir.GlobalVariable(builder.module, _WORD, name)
+            return builder.load(place)
+
+        return types.int64(), codegen
+
+    return cell, load
+
+
+malloc = types.ExternalFunction("malloc", types.int64(types.int64))
+free = types.ExternalFunction("free", types.void(types.int64))
+sched_yield = types.ExternalFunction("sched_yield", types.int32())
