@@ -12,6 +12,7 @@ every matrix, and on CUDA it does so too unless an XLA flag is set (jax 0.10 to 
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ def grouped_matmul(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _grouped(x, weight, sizes, expected):
-    return _product(x, weight, sizes, expected=expected, transpose=False)
+    return _product(x, weight, sizes, expected=expected, transpose=False, kernel=_has_kernel(x, weight))
 
 
 def _grouped_fwd(x, weight, sizes, expected):
@@ -72,30 +73,28 @@ def _grouped_fwd(x, weight, sizes, expected):
 
 def _grouped_bwd(expected, residuals, dy):
     x, weight, sizes = residuals
-    dx = _product(dy, weight, sizes, expected=expected, transpose=True).astype(x.dtype)
-    dweight = _weight_gradient(x, dy, sizes, expected=expected).astype(weight.dtype)
+    kernel = _has_kernel(x, weight)
+    dx = _product(dy, weight, sizes, expected=expected, transpose=True, kernel=kernel).astype(x.dtype)
+    dweight = _weight_gradient(x, dy, sizes, expected=expected, kernel=kernel).astype(weight.dtype)
     return dx, dweight, np.zeros(sizes.shape, jax.dtypes.float0)
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
-def _has_kernel(*operands: Array) -> bool:
-    """Whether the CPU kernels take such operands. They are compiled only where JAX runs on CPU."""
-    return (
-        all(each.dtype == jnp.float32 and each.size > 0 for each in operands)
-        and jax.default_backend() == "cpu"
-        and cpu.available()
-    )
+def _has_kernel(x: Array, weight: Array) -> bool:
+    """Whether the CPU has kernels for them. They are compiled (or loaded) only where JAX runs on CPU."""
+    float32 = x.dtype == weight.dtype == jnp.float32
+    return float32 and x.size > 0 and weight.size > 0 and jax.default_backend() == "cpu" and cpu.available()
 
 
-@functools.partial(jax.jit, static_argnames=("expected", "transpose"))
-def _product(x, weight, sizes, *, expected: int, transpose: bool):
+@functools.partial(jax.jit, static_argnames=("expected", "transpose", "kernel"))
+def _product(x, weight, sizes, *, expected: int, transpose: bool, kernel: bool):
     """Rows times their group's matrix, or (for the gradient of rows) times its transpose."""
     few = not transpose and x.shape[0] <= min(_FEW, _FEW_EACH * weight.shape[0])
     portable = _row_by_row if few else functools.partial(_batched, expected=expected, transpose=transpose)
-    ways = {"tpu": functools.partial(_ragged_dot, transpose=transpose)}
-    if _has_kernel(x, weight):
+    ways: dict[str, Callable[..., Array]] = {"tpu": functools.partial(_ragged_dot, transpose=transpose)}
+    if kernel:
         ways["cpu"] = cpu.transposed_product if transpose else cpu.product
     return lax.platform_dependent(x, weight, sizes, default=portable, **ways)
 
@@ -255,11 +254,11 @@ def _batched(x, weight, sizes, *, expected: int, transpose: bool):
     return layout.visit_rest(visit, y)
 
 
-@functools.partial(jax.jit, static_argnames="expected")
-def _weight_gradient(x, dy, sizes, *, expected: int):
+@functools.partial(jax.jit, static_argnames=("expected", "kernel"))
+def _weight_gradient(x, dy, sizes, *, expected: int, kernel: bool):
     """For each group, the sum over its rows of the outer product of `dy` and `x`, in float32."""
     portable = functools.partial(_batched_gradient, expected=expected)
-    ways = {"cpu": cpu.weight_gradient} if _has_kernel(x, dy) else {}
+    ways = {"cpu": cpu.weight_gradient} if kernel else {}
     return lax.platform_dependent(x, dy, sizes, default=portable, **ways)
 
 

@@ -13,7 +13,7 @@ from typing import no_type_check
 
 import numpy as np
 
-from eqx_moe.tokenizer.kernel import kernel
+from eqx_moe.compiled import kernel
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

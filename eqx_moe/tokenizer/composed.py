@@ -4,9 +4,9 @@ from typing import no_type_check
 
 import numpy as np
 
+from eqx_moe.compiled import kernel
 from eqx_moe.tokenizer import unicode_table
 from eqx_moe.tokenizer.flags import PADDING, classify
-from eqx_moe.tokenizer.kernel import kernel
 from eqx_moe.tokenizer.machine import load64
 
 _HIGH = np.uint64(0x8080808080808080)

@@ -11,9 +11,9 @@ from typing import no_type_check
 
 import numpy as np
 
+from eqx_moe.compiled import kernel
 from eqx_moe.errors import DataError, quote
 from eqx_moe.tokenizer.counts import WordCounts, large_array, read_only
-from eqx_moe.tokenizer.kernel import kernel
 from eqx_moe.tokenizer.whole import whole_file
 
 MAGIC = b"EQXCOUNT"

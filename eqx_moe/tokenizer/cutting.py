@@ -14,9 +14,9 @@ from typing import no_type_check
 
 import numpy as np
 
+from eqx_moe.compiled import kernel
 from eqx_moe.tokenizer import unicode_table
 from eqx_moe.tokenizer.flags import CJK, LOWER, SPACE, UPPER, WORD, flag_table, width
-from eqx_moe.tokenizer.kernel import kernel
 
 
 @functools.cache

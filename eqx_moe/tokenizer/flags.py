@@ -5,8 +5,8 @@ from typing import no_type_check
 
 import numpy as np
 
+from eqx_moe.compiled import kernel
 from eqx_moe.tokenizer import unicode_table
-from eqx_moe.tokenizer.kernel import kernel
 from eqx_moe.tokenizer.machine import load64
 
 #: Flags of a character. What a flag means exactly depends on the pattern: see `flag_table`.

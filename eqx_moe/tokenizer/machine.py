@@ -5,18 +5,15 @@ machine that Numba runs on.
 """
 
 import contextlib
-import functools
-import logging
-from collections.abc import Iterator
 from typing import no_type_check
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils, event
+from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-_log = logging.getLogger("eqx_moe")
+from eqx_moe import compiled
 
 # Most of Numba (and with it SciPy) is imported only when the first kernel is called, a quarter of a second. Imports are
 # what a program expects to wait for when it imports.
@@ -24,33 +21,12 @@ cpu_target.typing_context.refresh()  # pyright: ignore[reportAttributeAccessIssu
 cpu_target.target_context.refresh()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@functools.cache
-def _say_that_it_compiles():
-    _log.warning(
+def announced() -> contextlib.AbstractContextManager[None]:
+    """Kernels that are compiled meanwhile are announced in the log, once in a process."""
+    return compiled.announced(
         "compiling the tokenizer's kernels for this machine, about ten seconds; then they are kept, and those of each "
         "pattern when it is first used"
     )
-
-
-class _Announcer(event.Listener):
-    """Says so when Numba compiles, which it does not if it finds a kernel in its cache."""
-
-    def on_start(self, event):
-        _say_that_it_compiles()
-
-    def on_end(self, event):
-        pass
-
-
-@contextlib.contextmanager
-def announced() -> Iterator[None]:
-    """Kernels that are compiled meanwhile are announced in the log, once in a process."""
-    announcer = _Announcer()
-    event.register("numba:compile", announcer)
-    try:
-        yield
-    finally:
-        event.unregister("numba:compile", announcer)
 
 
 def _address(context, builder, array_type, array, index):

@@ -12,8 +12,8 @@ from typing import no_type_check
 
 import numpy as np
 
+from eqx_moe.compiled import kernel
 from eqx_moe.tokenizer.cells import slot_of
-from eqx_moe.tokenizer.kernel import kernel
 from eqx_moe.tokenizer.machine import prefetch
 
 # Why `merge_until` returned.

@@ -5,10 +5,10 @@ from typing import no_type_check
 import numpy as np
 from numba import njit
 
+from eqx_moe.compiled import kernel
 from eqx_moe.tokenizer import scanners
 from eqx_moe.tokenizer.cutting import last_cut
 from eqx_moe.tokenizer.flags import PADDING, classify
-from eqx_moe.tokenizer.kernel import kernel
 from eqx_moe.tokenizer.machine import copy
 from eqx_moe.tokenizer.word_table import add_pieces
 

@@ -10,6 +10,7 @@ from typing import no_type_check
 
 import numpy as np
 
+from eqx_moe.compiled import kernel
 from eqx_moe.tokenizer.flags import (
     CJK,
     CJK_MARKS,
@@ -26,7 +27,6 @@ from eqx_moe.tokenizer.flags import (
     flag_table,
     width,
 )
-from eqx_moe.tokenizer.kernel import kernel
 from eqx_moe.tokenizer.machine import load64, matches64, trailing_zeros
 
 _ONES = np.uint64(0x0101010101010101)

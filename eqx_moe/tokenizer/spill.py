@@ -13,8 +13,8 @@ from typing import Any, no_type_check
 
 import numpy as np
 
+from eqx_moe.compiled import kernel
 from eqx_moe.tokenizer.counts import WordCounts
-from eqx_moe.tokenizer.kernel import kernel
 from eqx_moe.tokenizer.machine import byte_swap, copy, load64
 from eqx_moe.tokenizer.word_table import WordTable
 

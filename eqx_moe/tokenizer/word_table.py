@@ -11,8 +11,8 @@ from typing import no_type_check
 
 import numpy as np
 
+from eqx_moe.compiled import kernel
 from eqx_moe.tokenizer.counts import WordCounts
-from eqx_moe.tokenizer.kernel import kernel
 from eqx_moe.tokenizer.machine import byte_swap, copy, load64, prefetch, store64, trailing_zeros
 
 _SHORT = 16

@@ -4,7 +4,6 @@ XLA's matrix products copy what they are given into a form that they like, an ex
 is most of the time; a slice of a stack it copies before that. These read operands where they lie.
 """
 
-import ctypes
 import functools
 import os
 import platform

@@ -4,6 +4,8 @@ After Goto and van de Geijn 2008 ("Anatomy of high-performance matrix multiplica
 sees a hundred rows or so, for which packing its matrix would cost more than it brings.
 """
 
+from typing import no_type_check
+
 from numba import njit
 
 from eqx_moe.kernels.cpu.instructions import (
@@ -16,29 +18,30 @@ from eqx_moe.kernels.cpu.instructions import (
     move,
     move1,
     narrow_tile,
-    prefetch,
     on_stack,
+    prefetch,
     transpose8,
     wide_tile,
 )
 
-# Of a sum, so much at once: a panel of B takes 16 KiB.
-_DEPTH = 4096 // WIDE
-
-# With few columns A comes from memory; then rows are read on and on, and asked for so many cache lines ahead.
-_NARROW_DEPTH = 2048
-_LINES_AHEAD = 4
-
-# Panels of B that are packed together, 128 columns.
+# Panels of B that are packed together, 128 columns of them.
 _PANELS = 128 // WIDE
+
+# Of a sum, so much at once: a panel of B takes 16 KiB. With few columns A comes from memory; then its rows are read on
+# and on, a panel takes 64 KiB, and A is asked for so many cache lines ahead.
+_DEPTH, _NARROW_DEPTH = 4096 // WIDE, 16384 // NARROW
+_LINES_AHEAD = 4
 
 #: Rows whose sums wait in a block of their own, 48 KiB (96 KiB with AVX-512).
 BLOCK = 768
 
-_PANEL_BYTES, _SUMS_BYTES, _TILE_BYTES = 4 * _DEPTH * WIDE, 4 * BLOCK * WIDE, 4 * WIDE_ROWS * WIDE
-_PANELS_BYTES = _PANELS * _PANEL_BYTES
+_PANEL_BYTES = 4 * max(_DEPTH * WIDE, _NARROW_DEPTH * NARROW)
+_PANELS_BYTES = 4 * _PANELS * _DEPTH * WIDE
+_SUMS_BYTES = 4 * BLOCK * WIDE
+_TILE_BYTES = 4 * WIDE_ROWS * WIDE
 
 
+@no_type_check
 @njit(nogil=True)
 def _pack(b, b_row, columns, depth, panels):
     """`panels[n // WIDE, k, n % WIDE] = B[k, n]`; the last panel is filled up with a column again and again."""
@@ -53,6 +56,7 @@ def _pack(b, b_row, columns, depth, panels):
                 move1(here + 4 * min(full + n, columns - 1), there + 4 * n)
 
 
+@no_type_check
 @njit(nogil=True)
 def multiply(a, a_row, a_depth, rows, b, b_row, columns, depth, c, c_row):
     """`C[m, n] = sum over k of A[m, k] B[k, n]`, all of them float32, sums too.
@@ -82,6 +86,7 @@ def multiply(a, a_row, a_depth, rows, b, b_row, columns, depth, c, c_row):
                                 add1(tile + 4 * (i * WIDE + j), there + i * c_row + 4 * (p + j))
 
 
+@no_type_check
 @njit(nogil=True)
 def _pack_turned(b, b_row, first, columns, start, depth, width, panel):
     """`panel[k, n] = B[first + n, start + k]`; columns past `columns` repeat the last."""
@@ -97,6 +102,7 @@ def _pack_turned(b, b_row, first, columns, start, depth, width, panel):
                 move1(here + min(i, last) * b_row + 4 * k, panel + 4 * (k * width + n + i))
 
 
+@no_type_check
 @njit(nogil=True)
 def _write_turned(sums, rows, columns, width, c, c_row):
     """`C[n, m] = sums[m, n]`."""
@@ -110,15 +116,15 @@ def _write_turned(sums, rows, columns, width, c, c_row):
                 move1(sums + 4 * (m * width + n + i), c + (n + i) * c_row + 4 * m)
 
 
+@no_type_check
 @njit(nogil=True)
 def multiply_turned(a, a_row, rows, b, b_row, columns, depth, c, c_row):
     """`C[n, m] = sum over k of A[m, k] B[n, k]`, all of them float32, sums too.
 
     `A[m, k]` stands at `a + m * a_row + 4 * k`, `B[n, k]` at `b + n * b_row + 4 * k` and `C[n, m]` at
-    `c + n * c_row + 4 * m`. A is read where it lies, once for every `WIDE` columns: it may be a matrix of which few columns
-    of B are multiplied.
+    `c + n * c_row + 4 * m`. A is read where it lies, once for every `WIDE` rows of B.
     """
-    panel, sums = on_stack(_PANELS_BYTES), on_stack(_SUMS_BYTES)
+    panel, sums = on_stack(_PANEL_BYTES), on_stack(_SUMS_BYTES)
     for n in range(0, columns, WIDE):
         used = min(WIDE, columns - n)
         width = NARROW if used <= NARROW else WIDE

@@ -1,8 +1,10 @@
 """The C function that XLA calls for a grouped product, and how it shares the work with XLA's threads.
 
-XLA's foreign function interface is a C one (`xla/ffi/api/c_api.h`, which jaxlib brings along). Offsets below are those of
-its structs, which it promises to keep within major version 0.
+XLA's foreign function interface is a C one (`xla/ffi/api/c_api.h`, which jaxlib brings along). Offsets below are those
+of its structs, which it promises to keep within major version 0.
 """
+
+from typing import no_type_check
 
 from numba import njit
 
@@ -12,12 +14,12 @@ from eqx_moe.kernels.cpu.instructions import (
     call,
     call_task,
     clear,
-    process_word,
     fetch_add,
     free,
     int_at,
     malloc,
     on_stack,
+    process_word,
     put_int,
     put_word,
     sched_yield,
@@ -36,11 +38,12 @@ _DATA, _DIMS = 24, 40
 # XLA_FFI_Api: ThreadPool_Schedule, ThreadPool_NumThreads.
 _SCHEDULE, _NUM_THREADS = 136, 144
 
-# A job, in words: threads that still know of it, next item, items done, items; then what `_item` reads.
-_HOLDERS, _NEXT, _DONE, _ITEMS, _KIND, _X, _OTHER, _SIZES, _OUT, _ROWS, _GROUPS, _OUTER, _INNER, _SHARE = range(0, 112, 8)
-_JOB_BYTES = 112
+# A job, in words: threads that still know of it; the next item, items done, all items; then what `_item` reads.
+_HOLDERS, _NEXT, _DONE, _ITEMS, _KIND, _X, _OTHER, _SIZES, _OUT, _ROWS, _OUTER, _INNER, _SHARE = range(0, 104, 8)
+_JOB_BYTES = 104
 
-# Rows that an item takes at most, and features at least and in multiples of, so that packing is little beside multiplying.
+# Rows that an item takes at most; features that it takes at least, and in multiples of. So packing stays little beside
+# multiplying.
 _ROW_BLOCK, _FEATURES = 512, 96
 
 # Multiplications below which another thread is not worth waking.
@@ -50,16 +53,17 @@ _SMALL = 1 << 18
 _helper_cell, _helper = process_word("eqx_moe_grouped_matmul_helper")
 
 
+@no_type_check
 @njit(nogil=True)
 def _dim(buffer, axis):
     return word_at(word_at(buffer + _DIMS) + 8 * axis)
 
 
+@no_type_check
 @njit(nogil=True)
 def _cut(job, size):
-    """Into how many blocks of rows and of features the work of a group with so many rows is cut, and features a block."""
+    """How the work of a group of so many rows is cut: blocks of rows, blocks of features, features of such a block."""
     kind = word_at(job + _KIND)
-    # The features that a matrix product gets its independent parts from.
     features = word_at(job + _INNER) if kind == TRANSPOSED else word_at(job + _OUTER)
     share = word_at(job + _SHARE)
     row_blocks = 1 if kind == WEIGHT_GRADIENT else -(-size // _ROW_BLOCK)
@@ -68,6 +72,7 @@ def _cut(job, size):
     return row_blocks, -(-features // block), block
 
 
+@no_type_check
 @njit(nogil=True)
 def _size(job, group, start):
     """Rows of a group that starts at a row; never past the last row, whatever the sizes say."""
@@ -75,6 +80,7 @@ def _size(job, group, start):
     return max(0, min(size, word_at(job + _ROWS) - start))
 
 
+@no_type_check
 @njit(nogil=True)
 def _item(job, group, start, size, row_block, block, features):
     """One block of one group."""
@@ -105,10 +111,11 @@ def _item(job, group, start, size, row_block, block, features):
         multiply(x + 4 * start * outer, 4 * outer, 4, rows, weight + 4 * first, 4 * inner, some, outer, to, 4 * inner)
 
 
+@no_type_check
 @njit(nogil=True)
 def _work(job):
     """Takes items until none is left."""
-    items, groups = word_at(job + _ITEMS), word_at(job + _GROUPS)
+    items = word_at(job + _ITEMS)
     group, start, seen = 0, 0, 0
     size = _size(job, 0, 0)
     row_blocks, blocks, features = _cut(job, size)
@@ -126,12 +133,14 @@ def _work(job):
         fetch_add(job + _DONE, 1)
 
 
+@no_type_check
 @njit(nogil=True)
 def _let_go(job):
     if fetch_add(job + _HOLDERS, -1) == 1:
         free(job)
 
 
+@no_type_check
 @c_function("void(int64)")
 def help_out(job):
     """What each thread does; one may come when all is done and the arrays are gone, but the job stays until then."""
@@ -142,6 +151,7 @@ def help_out(job):
 _helper_cell.value = help_out.address
 
 
+@no_type_check
 @njit(nogil=True)
 def _threads(frame):
     count, arguments = on_stack(8), on_stack(32)
@@ -154,6 +164,7 @@ def _threads(frame):
     return word_at(count)
 
 
+@no_type_check
 @njit(nogil=True)
 def _ask_for_help(frame, job):
     arguments = on_stack(40)
@@ -166,11 +177,14 @@ def _ask_for_help(frame, job):
         _let_go(job)
 
 
+@no_type_check
 @c_function("int64(int64)")
 def handler(frame):
-    """An `XLA_FFI_Handler`: (x [rows, inner], weight [groups, outer, inner] or dy [rows, outer], sizes [groups]) -> out.
+    """An `XLA_FFI_Handler`: gives null, that is, success. Arrays are float32, sizes int32.
 
-    All float32 but the sizes, int32. For TRANSPOSED, x is [rows, outer] and the result [rows, inner].
+    PRODUCT: x [rows, inner], weight [groups, outer, inner], sizes [groups] -> [rows, outer].
+    TRANSPOSED: x [rows, outer], weight, sizes -> [rows, inner].
+    WEIGHT_GRADIENT: x [rows, inner], dy [rows, outer], sizes -> [groups, outer, inner].
     """
     extension = word_at(frame + _EXTENSION)
     if extension != 0:
@@ -197,7 +211,6 @@ def handler(frame):
     put_word(job + _SIZES, word_at(sizes + _DATA))
     put_word(job + _OUT, word_at(out + _DATA))
     put_word(job + _ROWS, rows)
-    put_word(job + _GROUPS, groups)
     put_word(job + _OUTER, outer)
     put_word(job + _INNER, inner)
     # Rows of a group for each block of its features: so that there are a few blocks a thread, if rows lie evenly.

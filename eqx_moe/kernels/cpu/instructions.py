@@ -1,4 +1,4 @@
-"""What Numba does not have and the kernels of `gemm` need: a register tile, a transposition, bytes at an address, atomics.
+"""What Numba does not have and the CPU kernels need: a tile of sums in registers, memory by its address, atomics.
 
 Addresses and strides are whole numbers, in bytes, int64. Nothing is checked.
 """
@@ -23,14 +23,19 @@ def _lanes() -> int:
 #: Floats of a vector.
 LANES = _lanes()
 
-#: Columns and rows of a tile. Two fused multiply-adds can start in a cycle and each takes four, so at least eight sums are
-#: under way; sums, a row of B and a value of A have to fit 16 registers, 32 with AVX-512.
+#: Columns and rows of a tile. Two fused multiply-adds start in a cycle and each takes four, so there are at least eight
+#: sums; sums, a row of B and a value of A have to fit 16 registers, 32 with AVX-512.
 WIDE, WIDE_ROWS = 2 * LANES, 6 if LANES == 8 else 8
 NARROW, NARROW_ROWS = LANES, 8
 
 
 def _pointer(builder, address, kind):
     return builder.inttoptr(address, kind.as_pointer())
+
+
+def _vector(builder, address, number: int):
+    """A pointer to one of the vectors that stand one after another from an address on."""
+    return _pointer(builder, builder.add(address, _WORD(4 * LANES * number)), ir.VectorType(_FLOAT, LANES))
 
 
 def _clamped(builder, last, count: int):
@@ -64,7 +69,7 @@ def _tile(rows: int, columns: int):
             builder.position_at_end(loop)
             k, offset, here = (builder.phi(_WORD) for _ in range(3))
             sums = [[builder.phi(vector) for _ in vectors] for _ in range(rows)]
-            line = [builder.load(_pointer(builder, builder.add(here, _WORD(4 * LANES * v)), vector), align=4) for v in vectors]
+            line = [builder.load(_vector(builder, here, v), align=4) for v in vectors]
             totals = []
             for start, row in zip(starts, sums, strict=True):
                 value = builder.load(_pointer(builder, builder.add(start, offset), _FLOAT), align=4)
@@ -81,10 +86,8 @@ def _tile(rows: int, columns: int):
             builder.cbranch(builder.icmp_signed("<", builder.add(k, _WORD(1)), depth), loop, done)
 
             builder.position_at_end(done)
-            places = [
-                [_pointer(builder, builder.add(builder.add(c, builder.mul(m, c_row)), _WORD(4 * LANES * v)), vector) for v in vectors]
-                for m in index
-            ]
+            rows_of_c = [builder.add(c, builder.mul(m, c_row)) for m in index]
+            places = [[_vector(builder, row, v) for v in vectors] for row in rows_of_c]
             with builder.if_else(builder.icmp_signed("!=", add, _WORD(0))) as (then, otherwise):
                 with then:
                     # All are read before any is written: the last row may be there more than once.
@@ -300,7 +303,10 @@ call_task, call = _caller(types.void), _caller(types.int64)
 
 
 def process_word(name: str):
-    """A number that each process has its own of, though all load the same machine code: a cell to put it in, and what reads it."""
+    """A cell for a number that differs from process to process, and the instruction that loads it.
+
+    Machine code that is kept on disk knows it by its name alone.
+    """
     cell = ctypes.c_int64()
     llvmlite.binding.add_symbol(name, ctypes.addressof(cell))
 
