@@ -1,5 +1,7 @@
 """Execution strategies against the dense oracle, and the grouped matrix product against its own."""
 
+import contextlib
+import functools
 import re
 
 import equinox as eqx
@@ -43,8 +45,26 @@ def groupings(draw):
     return (rows, groups, inner, outer), np.asarray(sizes, np.int32), draw(st.integers(0, 2**31 - 1))
 
 
-@jax.jit
-def _both(x, weight, sizes, dy):
+# On CPU float32 has kernels; all else goes the portable way, as does float32 elsewhere.
+both_ways = pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "portable"])
+
+
+@contextlib.contextmanager
+def using(kernels: bool):
+    """What is traced in here has the CPU's kernels, or has them not."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not kernels:
+            patch.setattr(eqx_moe.kernels.grouped_matmul, "_has_kernel", lambda x, weight: False)
+        yield
+
+
+@functools.partial(jax.jit, static_argnames="kernels")
+def _both(x, weight, sizes, dy, *, kernels: bool):
+    with using(kernels):
+        return _ours_and_theirs(x, weight, sizes, dy)
+
+
+def _ours_and_theirs(x, weight, sizes, dy):
     # With an odd number of rows less of them are expected than there may be.
     expected = len(x) // 3 + 1 if len(x) % 2 else None
     out, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, expected), x, weight)
@@ -52,15 +72,16 @@ def _both(x, weight, sizes, dy):
     return (out, *pull(dy)), (expected, *pull_expected(dy))
 
 
-@given(groupings())
+@both_ways
+@given(case=groupings())
 @settings(max_examples=60, deadline=None)
-def test_grouped_matmul_equals_its_oracle_in_value_and_gradients(case):
+def test_grouped_matmul_equals_its_oracle_in_value_and_gradients(kernels, case):
     (rows, groups, inner, outer), sizes, seed = case
     random = np.random.default_rng(seed)
     x, weight, dy = (
         random.normal(size=shape).astype(np.float32) for shape in ((rows, inner), (groups, outer, inner), (rows, outer))
     )
-    found, expected = _both(x, weight, sizes, dy)
+    found, expected = _both(x, weight, sizes, dy, kernels=kernels)
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours, theirs)
 
@@ -76,30 +97,35 @@ def test_groups_that_just_fit_a_window_and_just_do_not(left):
     )
     # Slots are used where most rows have one: there, and in the first of these alone.
     for sizes in ([slots + left, 20, slots, 5], [left, 3, left, 1], [rows - 25 - left, 20, 5, left]):
-        found, expected = _both(x, weight, np.asarray(sizes, np.int32), dy)
+        found, expected = _both(x, weight, np.asarray(sizes, np.int32), dy, kernels=False)
         for ours, theirs in zip(found, expected, strict=True):
             assert_close(ours, theirs)
 
 
-def test_rows_past_the_groups_may_hold_anything():
+@both_ways
+def test_rows_past_the_groups_may_hold_anything(kernels):
     """Also infinities: they reach neither the result nor a gradient."""
     sizes = jnp.asarray([2, 0, 3])
     x = jnp.ones((8, 5)).at[5:].set(jnp.inf)
     weight = jnp.ones((3, 4, 5))
-    out, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, weight)
-    dx, dweight = pull(jnp.ones_like(out))
+    with using(kernels):
+        out, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, weight)
+        dx, dweight = pull(jnp.ones_like(out))
     assert jnp.all(out[:5] == 5) and jnp.all(out[5:] == 0)
     assert jnp.all(dx[5:] == 0) and jnp.all(jnp.isfinite(dweight))
     assert jnp.all(dweight == jnp.asarray([2.0, 0.0, 3.0])[:, None, None])
 
 
+@both_ways
 @pytest.mark.parametrize("sizes", [[2, 3, 4], [3, 60, 37]], ids=["few rows", "many"])
-def test_gradients_that_are_not_finite_stay_in_their_group(sizes):
+def test_gradients_that_are_not_finite_stay_in_their_group(sizes, kernels):
     """Of the first group, and of rows past the groups: they reach neither the others' rows nor their matrices."""
     rows, own = sum(sizes) + 2, sizes[0]
     dy = jnp.ones((rows, 4)).at[:own].set(jnp.inf).at[-2:].set(jnp.nan)
-    _, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, jnp.asarray(sizes)), jnp.ones((rows, 5)), jnp.ones((3, 4, 5)))
-    dx, dweight = pull(dy)
+    with using(kernels):
+        groups = jnp.asarray(sizes)
+        _, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, groups), jnp.ones((rows, 5)), jnp.ones((3, 4, 5)))
+        dx, dweight = pull(dy)
     assert jnp.all(dx[:own] == jnp.inf) and jnp.all(dx[own:-2] == 4) and jnp.all(dx[-2:] == 0)
     assert jnp.all(dweight[0] == jnp.inf) and jnp.all(dweight[1:] == jnp.asarray(sizes[1:])[:, None, None])
 
@@ -137,12 +163,16 @@ def test_which_back_end_a_platform_gets(platform, native):
     assert text.count('"chlo.ragged_dot"(') == native
 
 
+@both_ways
 @pytest.mark.parametrize("rows", [2, 11])
-def test_few_rows_copy_no_matrix_and_touch_no_other(rows):
+def test_few_rows_copy_no_matrix_and_touch_no_other(rows, kernels):
     """Each is multiplied from where its group's matrix lies; those of groups without rows hold NaN."""
     weight = jnp.full((5, 96, 128), jnp.nan).at[1].set(1).at[3].set(2)
     sizes = jnp.zeros(5, jnp.int32).at[1].set(1).at[3].set(rows - 1)
-    compiled = jax.jit(grouped_matmul).lower(jnp.ones((rows, 128)), weight, sizes).compile()
+    with using(kernels):
+        compiled = (
+            jax.jit(lambda *inputs: grouped_matmul(*inputs)).lower(jnp.ones((rows, 128)), weight, sizes).compile()
+        )
     memory = compiled.memory_analysis()
     assert memory is not None and memory.temp_size_in_bytes < weight[0].nbytes
     y = compiled(jnp.ones((rows, 128)), weight, sizes)

@@ -13,6 +13,7 @@ import threading
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float32, Int
 
 _TARGET = "eqx_moe_grouped_matmul"
@@ -42,12 +43,19 @@ def _kernels():
     return handler
 
 
+def _cast(x, axes: frozenset) -> Array:
+    """Inside `shard_map`, a value that may differ along these axes of the mesh."""
+    return lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
 def _call(shape: tuple[int, ...], kind: str, *arguments):
     with _lock:
         kernels = _kernels()
-    result = jax.ShapeDtypeStruct(shape, jnp.float32)
-    call = jax.ffi.ffi_call(_TARGET, result, vmap_method="sequential")
-    return call(*arguments, kind=np.int64(getattr(kernels, kind)))
+    axes = [jax.typeof(each).manual_axis_type.varying for each in arguments]
+    union = frozenset().union(*axes)
+    arguments = [_cast(each, union - own) for each, own in zip(arguments, axes, strict=True)]
+    call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
+    return _cast(call(*arguments, kind=np.int64(getattr(kernels, kind))), union)
 
 
 def product(

@@ -187,8 +187,8 @@ def handler(frame):
     WEIGHT_GRADIENT: x [rows, inner], dy [rows, outer], sizes -> [groups, outer, inner].
     """
     extension = word_at(frame + _EXTENSION)
-    if extension != 0:
-        # XLA asks which version of the interface the function is written for, and for no more.
+    if extension != 0 and int_at(extension + 8) == 1:
+        # XLA_FFI_Extension_Metadata: which version of the interface the function is written for, and no more than that.
         metadata = word_at(extension + 24)
         put_int(metadata + 24, _MAJOR)
         put_int(metadata + 28, _MINOR)
