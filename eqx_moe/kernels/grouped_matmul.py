@@ -1,13 +1,15 @@
 """Rows sorted by group, each multiplied with the matrix of its group.
 
 One custom VJP for the three contractions: the product, the gradient of its rows (the same with the matrices transposed)
-and the gradient of the matrices. Each is a batched product over all groups, with as many slots for a group as a mean
-group has rows and a little more, and then a loop over what did not fit, a window of rows at a time. So no matrix is
-copied but for the overflow, the work grows with the rows and not with the groups, and a group that takes all rows costs
-about as much as groups of equal size. Few rows take another way: one at a time, which reads no matrix but theirs.
+and the gradient of the matrices. Who computes them depends on the platform:
 
-`jax.lax.ragged_dot` takes the place of both where its lowering is native: on TPU. On CPU it multiplies every row with
-every matrix, and on CUDA it does so too unless an XLA flag is set (jax 0.10 to 0.12).
+- CPU, float32: kernels of our own (`eqx_moe.kernels.cpu`), each group's product from where its operands lie.
+- TPU: `jax.lax.ragged_dot`, whose lowering is native there. On CPU it multiplies every row with every matrix, and on
+  CUDA it does so too unless an XLA flag is set (jax 0.10 to 0.12).
+- Elsewhere, and on CPU in other dtypes: a batched product over all groups, with as many slots for a group as a mean
+  group has rows and a little more, and then a loop over what did not fit, a window of rows at a time. So no matrix is
+  copied but for the overflow, the work grows with the rows and not with the groups, and a group that takes all rows
+  costs about as much as groups of equal size. Few rows go one at a time, which reads no matrix but theirs.
 """
 
 import functools
