@@ -85,7 +85,10 @@ _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
 def _has_kernel(x: Array, weight: Array) -> bool:
-    """Whether the CPU has kernels for them. They are compiled (or loaded) only where JAX runs on CPU."""
+    """Whether the CPU has kernels for them.
+
+    Tracing loads these, and compiles them when they are first used on a machine; not where JAX runs on something else.
+    """
     float32 = x.dtype == weight.dtype == jnp.float32
     return float32 and x.size > 0 and weight.size > 0 and jax.default_backend() == "cpu" and cpu.available()
 

@@ -1,7 +1,11 @@
 """Grouped products on CPU as JAX operations: float32, in machine code of our own.
 
-XLA's matrix products copy what they are given into a form that they like, an expert's matrix too, and of few rows that
-is most of the time; a slice of a stack it copies before that. These read operands where they lie.
+XLA's matrix products copy what they are given into a form that they like, an expert's matrix too, which for few rows is
+much of the time; a slice of a stack it copies before that. These read the matrices where they lie, or, for the gradient
+of rows, pack a part at a time.
+
+A program that is exported for CPU names the kernels (`jax.export.DisabledSafetyCheck.custom_call(calls.TARGET)`), and a
+process that runs it calls `load` first.
 """
 
 import functools
@@ -16,15 +20,18 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int
 
-_TARGET = "eqx_moe_grouped_matmul"
+#: What XLA calls the kernels.
+TARGET = "eqx_moe_grouped_matmul"
 _lock = threading.Lock()
 
 
 @functools.cache
 def available() -> bool:
-    """Whether this machine has what the kernels need: fused multiply-adds and POSIX."""
+    """Whether this machine has what the kernels need: fused multiply-adds and POSIX. And Numba may use what it has."""
     import llvmlite.binding
 
+    if "NUMBA_CPU_NAME" in os.environ or "NUMBA_CPU_FEATURES" in os.environ:
+        return False
     if os.name != "posix" or sys.byteorder != "little" or sys.maxsize < 2**32:
         return False
     if platform.machine().lower() in ("x86_64", "amd64"):
@@ -33,14 +40,19 @@ def available() -> bool:
 
 
 @functools.cache
-def _kernels():
-    """The kernels, compiled if this is their first use on the machine; XLA knows of them afterwards."""
+def _load():
     from eqx_moe.compiled import announced
 
-    with announced("compiling the experts' CPU kernels for this machine, some seconds; then they are kept"):
+    with announced("compiling the experts' CPU kernels for this machine, some ten seconds; then they are kept"):
         from eqx_moe.kernels.cpu import handler
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(handler.handler.ctypes), platform="cpu")
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler.handler.ctypes), platform="cpu")
     return handler
+
+
+def load():
+    """The kernels, which are compiled if this is their first use on the machine; XLA knows of them afterwards."""
+    with _lock:
+        return _load()
 
 
 def _cast(x, axes: frozenset) -> Array:
@@ -49,12 +61,11 @@ def _cast(x, axes: frozenset) -> Array:
 
 
 def _call(shape: tuple[int, ...], kind: str, *arguments):
-    with _lock:
-        kernels = _kernels()
+    kernels = load()
     axes = [jax.typeof(each).manual_axis_type.varying for each in arguments]
     union = frozenset().union(*axes)
     arguments = [_cast(each, union - own) for each, own in zip(arguments, axes, strict=True)]
-    call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
+    call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
     return _cast(call(*arguments, kind=np.int64(getattr(kernels, kind))), union)
 
 

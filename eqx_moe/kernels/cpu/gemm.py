@@ -1,7 +1,8 @@
-"""The matrix product of one group, of operands where they lie, in blocks that stay in near caches.
+"""The matrix product of one group, in blocks that stay in near caches.
 
-After Goto and van de Geijn 2008 ("Anatomy of high-performance matrix multiplication"), less the packing of A: an expert
-sees a hundred rows or so, for which packing its matrix would cost more than it brings.
+After Goto and van de Geijn 2008 ("Anatomy of high-performance matrix multiplication"), less the packing of A, which is
+read where it lies. Forward A is an expert's matrix: it sees a hundred rows or so, and packing it for these would cost
+more than it brings.
 """
 
 from typing import no_type_check
@@ -27,8 +28,8 @@ from eqx_moe.kernels.cpu.instructions import (
 # Panels of B that are packed together, 128 columns of them.
 _PANELS = 128 // WIDE
 
-# Of a sum, so much at once: a panel of B takes 16 KiB. With few columns A comes from memory; then its rows are read on
-# and on, a panel takes 64 KiB, and A is asked for so many cache lines ahead.
+# Of a sum, so much at once: a panel of B takes 16 KiB. With few columns A comes from memory; then its rows are read in
+# long runs, a panel takes 64 KiB, and the first so many cache lines of the next rows are asked for.
 _DEPTH, _NARROW_DEPTH = 4096 // WIDE, 16384 // NARROW
 _LINES_AHEAD = 4
 

@@ -35,15 +35,14 @@ _MAJOR, _MINOR = 0, 3
 # XLA_FFI_CallFrame: extension, api, ctx, args.args, rets.rets, attrs.attrs. XLA_FFI_Buffer: data, dims.
 _EXTENSION, _API, _CONTEXT, _ARGS, _RETS, _ATTRS = 8, 16, 24, 72, 112, 160
 _DATA, _DIMS = 24, 40
-# XLA_FFI_Api: ThreadPool_Schedule, ThreadPool_NumThreads.
-_SCHEDULE, _NUM_THREADS = 136, 144
+# XLA_FFI_Api: Error_Destroy, ThreadPool_Schedule, ThreadPool_NumThreads.
+_DESTROY, _SCHEDULE, _NUM_THREADS = 64, 136, 144
 
 # A job, in words: threads that still know of it; the next item, items done, all items; then what `_item` reads.
 _HOLDERS, _NEXT, _DONE, _ITEMS, _KIND, _X, _OTHER, _SIZES, _OUT, _ROWS, _OUTER, _INNER, _SHARE = range(0, 104, 8)
 _JOB_BYTES = 104
 
-# Rows that an item takes at most; features that it takes at least, and in multiples of. So packing stays little beside
-# multiplying.
+# Rows that an item takes at most. Features are shared out in multiples of so many, so that packing stays little.
 _ROW_BLOCK, _FEATURES = 512, 96
 
 # Multiplications below which another thread is not worth waking.
@@ -114,11 +113,12 @@ def _item(job, group, start, size, row_block, block, features):
 @no_type_check
 @njit(nogil=True)
 def _work(job):
-    """Takes items until none is left."""
+    """Takes items until none is left.
+
+    The arrays are there as long as an item is not done, so they are looked at only with one in hand.
+    """
     items = word_at(job + _ITEMS)
-    group, start, seen = 0, 0, 0
-    size = _size(job, 0, 0)
-    row_blocks, blocks, features = _cut(job, size)
+    group, start, size, seen, row_blocks, blocks, features = -1, 0, 0, 0, 0, 1, 0
     while True:
         item = fetch_add(job + _NEXT, 1)
         if item >= items:
@@ -143,7 +143,7 @@ def _let_go(job):
 @no_type_check
 @c_function("void(int64)")
 def help_out(job):
-    """What each thread does; one may come when all is done and the arrays are gone, but the job stays until then."""
+    """What each thread does. One may come when all is done and the arrays are gone; the job stays until then."""
     _work(job)
     _let_go(job)
 
@@ -153,15 +153,31 @@ _helper_cell.value = help_out.address
 
 @no_type_check
 @njit(nogil=True)
+def _succeeded(frame, error):
+    """Whether XLA gave no error; one that it gave is the caller's to free."""
+    if error == 0:
+        return True
+    arguments = on_stack(24)
+    put_word(arguments, 24)
+    put_word(arguments + 8, 0)
+    put_word(arguments + 16, error)
+    call_task(word_at(word_at(frame + _API) + _DESTROY), arguments)
+    return False
+
+
+@no_type_check
+@njit(nogil=True)
 def _threads(frame):
+    """How many threads XLA has for a program; 1 if it does not say."""
     count, arguments = on_stack(8), on_stack(32)
     put_word(count, 1)
     put_word(arguments, 32)
     put_word(arguments + 8, 0)
     put_word(arguments + 16, word_at(frame + _CONTEXT))
     put_word(arguments + 24, count)
-    call(word_at(word_at(frame + _API) + _NUM_THREADS), arguments)
-    return word_at(count)
+    if not _succeeded(frame, call(word_at(word_at(frame + _API) + _NUM_THREADS), arguments)):
+        return 1
+    return max(1, word_at(count))
 
 
 @no_type_check
@@ -173,7 +189,7 @@ def _ask_for_help(frame, job):
     put_word(arguments + 16, word_at(frame + _CONTEXT))
     put_word(arguments + 24, _helper())
     put_word(arguments + 32, job)
-    if call(word_at(word_at(frame + _API) + _SCHEDULE), arguments) != 0:
+    if not _succeeded(frame, call(word_at(word_at(frame + _API) + _SCHEDULE), arguments)):
         _let_go(job)
 
 
@@ -228,7 +244,8 @@ def handler(frame):
     put_word(job + _ITEMS, items)
 
     helpers = max(0, min(threads, items) - 1) if start * outer * inner > _SMALL else 0
-    # This thread works as the others do, and knows of the job until all are done.
+    # This thread works as the others do and knows of the job until all are done. It calls the function by its address,
+    # so that the products are compiled once and not twice.
     put_word(job + _HOLDERS, 2 + helpers)
     for _ in range(helpers):
         _ask_for_help(frame, job)

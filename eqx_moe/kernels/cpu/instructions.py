@@ -245,7 +245,7 @@ def word_at(typing_context, address):
 @no_type_check
 @intrinsic
 def put_word(typing_context, address, value):
-    """Puts an int64 at an address."""
+    """Puts an int64 at an address; other threads see it after a `fetch_add` that follows."""
 
     def codegen(context, builder, signature, arguments):
         builder.store(arguments[1], _pointer(builder, arguments[0], _WORD))
