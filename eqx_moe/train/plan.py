@@ -28,9 +28,9 @@ from eqx_moe.sharding import (
 
 # How often each part of a layer is there at once when the backward pass takes most, and the embedding and the head all
 # the while: what XLA's CPU back end makes of the step (jax 0.10.2), rounded. tests/test_train_plan.py compares.
-# Rows of pairs (token, expert) are those that an expert of the device may take; what comes of them is put back in the
-# place of all pairs of the tokens.
-_WEIGHTS, _VOCAB, _ATTENTION_ROWS, _FFN_ROWS, _HIDDEN_ROWS, _PAIR_ROWS, _COMBINED_ROWS = 2.5, 3, 1, 4.5, 5, 1, 2
+# Experts have a row for each pair (token, expert) that an expert of the device may take; what comes of them is put back
+# in the place of all pairs of the tokens.
+_WEIGHTS, _VOCAB, _ATTENTION_ROWS, _FFN_ROWS, _HIDDEN_ROWS, _EXPERT_ROWS, _COMBINED_ROWS = 2.5, 3, 1, 4.5, 5, 3.5, 2
 
 # Hidden states beside these where layers are split over `tensor`: each product has its own gradient for what it reads.
 _PARTIAL_SUMS = 8
@@ -232,8 +232,7 @@ class _Step:
             gate, k = f"{at}moe.experts.gate", block.moe.router.k
             experts, ffn, hidden = self.shape(gate)[0], self.shape(gate)[1], self.width
             pairs = together * min(k, experts)
-            working += _FFN_ROWS * self.rows(ffn, pairs) + _PAIR_ROWS * self.rows(hidden, pairs)
-            working += _COMBINED_ROWS * self.rows(hidden, together * k)
+            working += _EXPERT_ROWS * self.rows(ffn, pairs) + _COMBINED_ROWS * self.rows(hidden, together * k)
             # What the experts give, and the gradient of what they read, as one.
             added += 2 * self.hidden if TENSOR in self.sharding[gate].spec else 0
             # What the experts gave, and the router's logits, which are float32.
