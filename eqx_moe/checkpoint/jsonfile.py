@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import re
-from typing import Any
+from typing import Any, no_type_check
 
 from eqx_moe.checkpoint.files import open_plain
 from eqx_moe.errors import CheckpointError, quote
@@ -113,6 +113,8 @@ def read_json(path: str | os.PathLike, what: str = "config", *, doing: str = "lo
         ) from error
 
 
+# Called for every object of a file.
+@no_type_check
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
