@@ -9,7 +9,6 @@ params.json has the names that Hugging Face uses. Reference: transformers, `conv
 """
 
 import contextlib
-import dataclasses
 import os
 import pathlib
 import re
@@ -179,7 +178,7 @@ def _stacks(stored: Mapping[str, Stored], config: Any) -> dict[str, Stored]:
     for name in filter(re.compile(r"layers\.[0-9]+\.block_sparse_moe\.w[123]").fullmatch, stored):
         entry = stored[name].entry
         if entry.shape == (experts * ffn, hidden) and stored[name].decode is None:
-            result[name] = dataclasses.replace(stored[name], entry=entry._replace(shape=(experts, ffn, hidden)))
+            result[name] = stored[name]._replace(entry=entry._replace(shape=(experts, ffn, hidden)))
     return result
 
 

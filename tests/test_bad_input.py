@@ -739,17 +739,19 @@ CONFIGS = {
     "dtype": ("dtype", "int3", "CFG-VALUE"),
 }
 MISFITS = {
-    "one-layer-more": ("num_hidden_layers", 3, "ST-MISSING"),
-    "one-layer-less": ("num_hidden_layers", 1, "ST-EXTRA"),
-    "one-expert-more": ("num_local_experts", 6, "ST-MISSING"),
-    "one-expert-less": ("num_local_experts", 4, "ST-EXTRA"),
-    "many-layers-more": ("num_hidden_layers", 200, "ST-MISSING"),
-    "many-experts-more": ("num_local_experts", 8000, "ST-MISSING"),
-    "hidden-one-more": ("hidden_size", 13, "ST-SHAPE"),
-    "hidden-huge": ("hidden_size", 2**31 - 1, "ST-SHAPE"),
-    "vocab-one-more": ("vocab_size", 30, "ST-SHAPE"),
-    "heads-doubled": ("num_attention_heads", 12, "ST-SHAPE"),
-    "another-family": ("model_type", "llama", "ST-MISSING"),
+    "one-layer-more": ({"num_hidden_layers": 3}, "ST-MISSING", ""),
+    "one-layer-less": ({"num_hidden_layers": 1}, "ST-EXTRA", ""),
+    "one-expert-more": ({"num_local_experts": 6}, "ST-MISSING", ""),
+    "one-expert-less": ({"num_local_experts": 4}, "ST-EXTRA", ""),
+    "many-layers-more": ({"num_hidden_layers": 200}, "ST-MISSING", "model.layers.2.input_layernorm.weight"),
+    "many-experts-more": ({"num_local_experts": 8000}, "ST-MISSING", EXPERT.replace("1", "0", 1).replace("2", "5", 1)),
+    "most-layers": ({"num_hidden_layers": 512}, "ST-MISSING", "model.layers.2.input_layernorm.weight"),
+    "most-experts": ({"num_hidden_layers": 8, "num_local_experts": 8192}, "ST-MISSING", ""),
+    "hidden-one-more": ({"hidden_size": 13}, "ST-SHAPE", ""),
+    "hidden-huge": ({"hidden_size": 2**31 - 1}, "ST-SHAPE", ""),
+    "vocab-one-more": ({"vocab_size": 30}, "ST-SHAPE", ""),
+    "heads-doubled": ({"num_attention_heads": 12}, "ST-SHAPE", ""),
+    "another-family": ({"model_type": "llama"}, "ST-MISSING", ""),
 }
 
 
@@ -772,9 +774,9 @@ def test_a_config_that_cannot_be(single, refused, name):
 @pytest.mark.parametrize("name", MISFITS)
 @pytest.mark.filterwarnings("ignore:config.json has keys")
 def test_a_config_that_does_not_fit_the_weights(single, refused, name):
-    key, value, code = MISFITS[name]
-    edit(single / CONFIG, **{key: value})
-    refused(single, code, SINGLE)
+    changes, code, item = MISFITS[name]
+    edit(single / CONFIG, **changes)
+    refused(single, code, SINGLE, item)
 
 
 @pytest.mark.parametrize(

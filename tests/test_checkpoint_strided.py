@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from eqx_moe.checkpoint import Name, plan
-from eqx_moe.checkpoint.names import Part, Tensor
+from eqx_moe.checkpoint.names import Composition, Tensor
 from eqx_moe.checkpoint.reader import load_leaves
 from eqx_moe.checkpoint.streaming import open_leaves
 from eqx_moe.checkpoint.writer import save_leaves
@@ -113,7 +113,7 @@ def test_joining_is_a_loop_and_views_are_its_inverse(drawn):
         for start, shape in zip(starts, shapes, strict=False)
     ]
     expected = joined_by_loops(row, parts)
-    tensor = Tensor("b", expected.shape, tuple(Part("a", (), tuple(shape)) for shape in shapes), row)
+    tensor = Tensor("b", (), Composition(("a",) * len(shapes), tuple(map(tuple, shapes)), expected.shape, row))
     joined = tensor.joined(parts)
     np.testing.assert_array_equal(joined, expected)
     for number, (view, part) in enumerate(zip(tensor.views(joined), parts, strict=True)):

@@ -5,8 +5,7 @@ import itertools
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from eqx_moe.checkpoint.dtypes import WEIGHT_DTYPES
 from eqx_moe.checkpoint.names import Name, Skipped, Tensor, matcher, plan
@@ -17,8 +16,7 @@ _ORDER = ("ST-MISSING", "ST-EXTRA", "ST-SHAPE", "ST-DTYPE")
 _COMPARED = 50  # patterns of names held against each other for a suggestion
 
 
-@dataclass(frozen=True)
-class _Problem:
+class _Problem(NamedTuple):
     code: str
     tensor: str
     expected: str
@@ -47,7 +45,8 @@ def match(
             5,000.
     """
     plans = [plan(names, leaves) for names in layouts.values()]
-    tensors = min(plans, key=lambda tensors: len(tensors.keys() ^ stored.keys()))
+    # The layout that names most of what there is; of several, the one that lacks least.
+    tensors = min(plans, key=lambda tensors: (-len(tensors.keys() & stored.keys()), len(tensors)))
     passed = [matcher(each.theirs) for each in skipped if each.beside is None or each.beside in stored]
     aliases = dict(tied)
     extra = [
@@ -81,7 +80,7 @@ def match(
 
 
 def _unmatched(tensors: Mapping[str, Tensor], stored: Mapping[str, Stored], extra: list[str]) -> Iterator[_Problem]:
-    missing = [tensor for name, tensor in tensors.items() if name not in stored]
+    missing = list(itertools.islice((each for name, each in tensors.items() if name not in stored), MOST_PROBLEMS))
     hint = _common_prefix(tensors, stored) if missing and extra else ""
     near = {} if hint else _near([tensor.name for tensor in missing], extra)
     for tensor in missing:
@@ -99,11 +98,9 @@ def _unmatched(tensors: Mapping[str, Tensor], stored: Mapping[str, Stored], extr
 def _misshapen(
     tensors: Mapping[str, Tensor], stored: Mapping[str, Stored], aliases: Mapping[str, str]
 ) -> Iterator[_Problem]:
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    shapes |= {name: shapes[original] for name, original in aliases.items() if original in shapes}
-    for name, shape in shapes.items():
-        if name in stored and stored[name].entry.shape != shape:
-            found = stored[name].entry.shape
+    tied = ((name, tensors[original]) for name, original in aliases.items() if original in tensors)
+    for name, tensor in itertools.chain(tensors.items(), tied):
+        if name in stored and (found := stored[name].entry.shape) != (shape := tensor.shape):
             hint = " (the transpose would fit)" if found == shape[::-1] else ""
             fix = "correct config.json, or export the tensor again as the model has it"
             yield _Problem("ST-SHAPE", name, f"the shape {shape}", f"{found}{hint}", fix)
@@ -128,8 +125,9 @@ def _twins(
     if one_dtype:
         first: dict[str, str] = {}
         for name, tensor in tensors.items():
-            for part in tensor.parts:
-                twins.setdefault(name, first.setdefault(part.leaf, name))
+            if name in stored:
+                for leaf in tensor.composition.leaves:
+                    twins.setdefault(name, first.setdefault(leaf, name))
     return {name: other for name, other in twins.items() if name in stored and other in stored}
 
 

@@ -17,7 +17,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, no_type_check
 
 import equinox as eqx
 import jax
@@ -50,8 +50,7 @@ class Skipped:
     beside: str | None = None
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """What one leaf has in one tensor: the entry `index` of its stack, or with `()` the whole leaf."""
 
     leaf: str
@@ -59,14 +58,34 @@ class Part:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor on disk: its parts, joined as its `row` of the name table says where there are several."""
+class Composition(NamedTuple):
+    """What tensors of one stack have in common: of which leaves they are made, the shape of each one's part, and their
+    own; and the row of the name table that says how parts are joined where there are several."""
+
+    leaves: tuple[str, ...]
+    parts: tuple[tuple[int, ...], ...]
+    shape: tuple[int, ...]
+    row: Name
+
+
+class Tensor(NamedTuple):
+    """One tensor on disk. There may be 200,000, so it holds no more than its own name and place in the stack."""
 
     name: str
-    shape: tuple[int, ...]
-    parts: tuple[Part, ...]
-    row: Name
+    index: tuple[int, ...]
+    composition: Composition
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.composition.shape
+
+    @property
+    def row(self) -> Name:
+        return self.composition.row
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return tuple([Part(leaf, self.index, shape) for leaf, shape in zip(*self.composition[:2], strict=True)])
 
     @property
     def strided(self) -> bool:
@@ -82,10 +101,10 @@ class Tensor:
         """Where in the tensor a box of the part `number` is; with steps, if parts take turns."""
         result, axis = list(box), len(box) + self.row.axis
         if self.row.interleaved:
-            turns = len(self.parts)
+            turns = len(self.composition.parts)
             result[axis] = range(number + turns * box[axis].start, number + turns * box[axis].stop, turns)
-        elif len(self.parts) > 1:
-            before = sum(part.shape[axis] for part in self.parts[:number])
+        elif number:
+            before = sum(shape[axis] for shape in self.composition.parts[:number])
             result[axis] = range(before + box[axis].start, before + box[axis].stop)
         if self.row.transposed:
             result[-2:] = result[:-3:-1]
@@ -106,11 +125,11 @@ class Tensor:
     def views(self, values: np.ndarray) -> list[np.ndarray]:
         """Each part as a view of the whole tensor's values, or of those of an entry of its first `lead` axes."""
         axis = self.row.axis
-        values, number = self.turned(values), len(self.parts)
+        values, number = self.turned(values), len(self.composition.parts)
         if self.row.interleaved:
             after = (slice(None),) * (-axis - 1)
             return [values[(..., slice(i, None, number), *after)] for i in range(number)]
-        ends = itertools.accumulate(part.shape[axis] for part in self.parts)
+        ends = itertools.accumulate(shape[axis] for shape in self.composition.parts)
         return np.split(values, list(ends)[:-1], axis=axis) if number > 1 else [values]
 
 
@@ -144,34 +163,33 @@ def plan(names: tuple[Name, ...], leaves: Mapping[str, Any]) -> dict[str, Tensor
         ValueError: the table does not fit the model: a leaf or a tensor named twice, a leaf named never, a row that
             names nothing, parts that cannot be concatenated.
     """
-    tensors: dict[str, Tensor] = {}
-    named: dict[str, Name] = {}
-    slots: set[tuple[str, tuple[int, ...]]] = set()
+    tensors: dict[str, list[Tensor]] = {path: [] for path in leaves}  # by their first leaf
+    named: set[str] = set()
     for row in names:
-        for tensor in _expand(row, leaves):
-            if tensor.name in tensors:
-                raise ValueError(f"The name table names the tensor {tensor.name!r} twice.")
-            tensors[tensor.name] = tensor
-            for part in tensor.parts:
-                if named.setdefault(part.leaf, row) is not row or (part.leaf, part.index) in slots:
-                    raise ValueError(f"The name table names the leaf {part.leaf!r} twice.")
-                slots.add((part.leaf, part.index))
+        for composition, group in _expand(row, leaves):
+            for path in composition.leaves:
+                if path in named:
+                    raise ValueError(f"The name table names the leaf {path!r} twice.")
+                named.add(path)
+            tensors[composition.leaves[0]] = group
     unnamed = [path for path in leaves if path not in named]
     if unnamed:
         raise ValueError(f"The name table does not name the leaves {unnamed}.")
-    order = {path: i for i, path in enumerate(leaves)}
-    return {
-        tensor.name: tensor
-        for tensor in sorted(tensors.values(), key=lambda t: (order[t.parts[0].leaf], t.parts[0].index))
-    }
+    result: dict[str, Tensor] = {}
+    for group in tensors.values():
+        for tensor in group:
+            if result.setdefault(tensor.name, tensor) is not tensor:
+                raise ValueError(f"The name table names the tensor {tensor.name!r} twice.")
+    return result
 
 
-def _expand(row: Name, leaves: Mapping[str, Any]) -> list[Tensor]:
+def _expand(row: Name, leaves: Mapping[str, Any]) -> list[tuple[Composition, list[Tensor]]]:
+    """For each leaf, or each few that are joined, their tensors in the order of the stack."""
     templates = (row.ours,) if isinstance(row.ours, str) else row.ours
     placeholders = re.findall(r"\{(\w+)\}", row.theirs)
     pattern = matcher(templates[0])
     stacked = [name for name in placeholders if name not in pattern.groupindex]
-    tensors = []
+    groups = []
     for found in filter(None, map(pattern.fullmatch, leaves)):
         numbers = found.groupdict()
         paths = [template.format(**numbers) for template in templates]
@@ -180,17 +198,22 @@ def _expand(row: Name, leaves: Mapping[str, Any]) -> list[Tensor]:
             raise ValueError(f"{row} joins {paths}, but the model has no {absent}.")
         shapes = [tuple(leaves[path].shape) for path in paths]
         depth = len(stacked)
-        if not _joinable(row, [shape[depth:] for shape in shapes], {shape[:depth] for shape in shapes}):
+        ends = [shape[depth:] for shape in shapes]
+        if not _joinable(row, ends, {shape[:depth] for shape in shapes}):
             raise ValueError(f"{row} cannot join leaves of the shapes {shapes}.")
-        for index in itertools.product(*map(range, shapes[0][:depth])):
-            parts = tuple(Part(p, index, shape[depth:]) for p, shape in zip(paths, shapes, strict=True))
-            name = row.theirs.format(**numbers, **dict(zip(stacked, index, strict=True)))
-            tensors.append(Tensor(name, _joined(row, [part.shape for part in parts]), parts, row))
-    if not tensors:
+        composition = Composition(tuple(paths), tuple(ends), _joined(row, ends), row)
+        group = [
+            Tensor(row.theirs.format(**numbers, **dict(zip(stacked, index, strict=True))), index, composition)
+            for index in itertools.product(*map(range, shapes[0][:depth]))
+        ]
+        groups.append((composition, group))
+    if not groups:
         raise ValueError(f"{row} names nothing in the model.")
-    return tensors
+    return groups
 
 
+# These two are called for every leaf, of which there may be 10,000: checking their types took longer than the rest.
+@no_type_check
 def _joinable(row: Name, shapes: list[tuple[int, ...]], stacks: set[tuple[int, ...]]) -> bool:
     least = max(-row.axis if len(shapes) > 1 else 0, 2 if row.transposed else 0)
     if len(stacks) > 1 or min(map(len, shapes)) < least:
@@ -201,6 +224,7 @@ def _joinable(row: Name, shapes: list[tuple[int, ...]], stacks: set[tuple[int, .
     return len(other_axes) == 1 and (len({shape[row.axis] for shape in shapes}) == 1 or not row.interleaved)
 
 
+@no_type_check
 def _joined(row: Name, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
     shape = list(shapes[0])
     if len(shapes) > 1:

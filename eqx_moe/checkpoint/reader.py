@@ -87,7 +87,7 @@ def load_leaves(
         # Leaves that share tensors (gate and up, packed) are read together, each tensor once.
         groups: dict[tuple[str, ...], list[Tensor]] = {}
         for tensor in tensors.values():
-            groups.setdefault(tuple(part.leaf for part in tensor.parts), []).append(tensor)
+            groups.setdefault(tensor.composition.leaves, []).append(tensor)
         result: dict[str, jax.Array] = {}
         boxes = {
             path: [whole(leaf.shape)] if shardings is None else _boxes(leaf.shape, shardings[path])

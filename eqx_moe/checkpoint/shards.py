@@ -9,8 +9,7 @@ import pathlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -42,8 +41,7 @@ def threads() -> int:
     return min(_MAX_THREADS, cores())
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """A tensor in an open file. `path` is the file's, for errors.
 
     With `decode`, which fills an array as `read` does, `entry` is that of the decoded tensor, as if a file of its own

@@ -143,7 +143,7 @@ def plan_shards(
     """
     stacks: dict[tuple[str, ...], list[Tensor]] = {}
     for tensor in tensors.values():
-        stacks.setdefault(tuple(part.leaf for part in tensor.parts), []).append(tensor)
+        stacks.setdefault(tensor.composition.leaves, []).append(tensor)
     files: list[list[list[Tensor]]] = [[]]
     filled = 0
     for stack in stacks.values():
@@ -172,10 +172,10 @@ def _bytes_of(tensor: Tensor, dtypes: Mapping[str, np.dtype]) -> int:
 
 
 def _dtype(tensor: Tensor, dtypes: Mapping[str, np.dtype]) -> np.dtype:
-    first, *rest = [dtypes[part.leaf] for part in tensor.parts]
+    first, *rest = [dtypes[leaf] for leaf in tensor.composition.leaves]
     if any(other != first for other in rest):
-        paths = [part.leaf for part in tensor.parts]
-        raise ValueError(f"{paths} share the tensor {tensor.name!r} and need one dtype; give `dtype`, or cast them.")
+        leaves = list(tensor.composition.leaves)
+        raise ValueError(f"{leaves} share the tensor {tensor.name!r} and need one dtype; give `dtype`, or cast them.")
     return first
 
 
@@ -200,7 +200,7 @@ def _shard(
     paths: tuple[str, ...] = ()
     hosts: dict[str, np.ndarray] = {}
     for tensor in tensors.values():
-        if paths != (paths := tuple(part.leaf for part in tensor.parts)):
+        if paths != (paths := tensor.composition.leaves):
             hosts.clear()  # before the next ones: elsewhere than on CPU these are copies
             for path in paths:
                 if not isinstance(leaf := leaves[path], Unread) and not _is_spread(leaf):

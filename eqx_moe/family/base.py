@@ -1,10 +1,12 @@
 """What a family is: a record of its config, its wiring and its names, and the pieces that families share."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import equinox as eqx
 import jax
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
@@ -99,41 +101,46 @@ class Family:
 def decoder(
     config: Any,
     *,
-    attention: Callable[[int, PRNGKeyArray], Attention | MLA],
-    feed_forward: Callable[[int, PRNGKeyArray], MLP | MoE],
+    kinds: Sequence[Any] | None = None,
+    attention: Callable[[Any, PRNGKeyArray], Attention | MLA],
+    feed_forward: Callable[[Any, PRNGKeyArray], MLP | MoE],
     round_last: bool = False,
     dtype: DTypeLike,
     key: PRNGKeyArray,
 ) -> Decoder:
-    """A pre-norm decoder whose parts the family picks layer by layer; weights are normal(0, initializer_range).
+    """A pre-norm decoder whose parts the family picks for each kind of layer; weights are normal(0, initializer_range).
 
-    `round_last` is that of its norms, see `RMSNorm`.
+    Args:
+        kinds: all that tells layers apart, as one hashable value for each; None: they are alike. The functions that
+            make a layer's parts are given the kind, so that a program traces each kind once.
+        round_last: that of its norms, see `RMSNorm`.
     """
 
     def norm() -> RMSNorm:
         return RMSNorm(config.hidden_size, eps=config.rms_norm_eps, round_last=round_last, dtype=dtype)
 
-    embed_key, head_key, layers_key = jax.random.split(key, 3)
-    std = config.initializer_range
-    layers = []
-    for i, layer_key in enumerate(jax.random.split(layers_key, config.num_hidden_layers)):
-        attention_key, ffn_key = jax.random.split(layer_key)
-        part = feed_forward(i, ffn_key)
-        layers.append(
-            Block(
-                attention_norm=norm(),
-                attention=attention(i, attention_key),
-                ffn_norm=norm(),
-                mlp=part if isinstance(part, MLP) else None,
-                moe=part if isinstance(part, MoE) else None,
-            )
+    def layer(kind: Any, key: PRNGKeyArray) -> Block:
+        attention_key, ffn_key = jax.random.split(key)
+        part = feed_forward(kind, ffn_key)
+        return Block(
+            attention_norm=norm(),
+            attention=attention(kind, attention_key),
+            ffn_norm=norm(),
+            mlp=part if isinstance(part, MLP) else None,
+            moe=part if isinstance(part, MoE) else None,
         )
+
+    # Outside of a program this would compile a whole layer, where each draw of a shape compiles once for all models.
+    make = eqx.filter_jit(layer) if isinstance(key, Tracer) else layer
+    embed_key, head_key, layers_key = jax.random.split(key, 3)
+    layer_keys = jax.random.split(layers_key, config.num_hidden_layers)
+    std = config.initializer_range
     head = None
     if not config.tie_word_embeddings:
         head = Linear(config.hidden_size, config.vocab_size, std=std, dtype=dtype, key=head_key)
     return Decoder(
         embed=Embedding(config.vocab_size, config.hidden_size, std=std, dtype=dtype, key=embed_key),
-        layers=tuple(layers),
+        layers=tuple(map(make, kinds or [None] * config.num_hidden_layers, layer_keys)),
         norm=norm(),
         head=head,
         config=config,

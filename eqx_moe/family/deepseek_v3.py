@@ -130,7 +130,7 @@ def build(config: DeepseekV3Config, *, key: PRNGKeyArray, dtype: DTypeLike, exec
     """A DeepSeek-V3 with random weights."""
     hidden, std = config.hidden_size, config.initializer_range
 
-    def attention(layer: int, key: PRNGKeyArray) -> MLA:
+    def attention(sparse: bool, key: PRNGKeyArray) -> MLA:
         return MLA(
             hidden,
             heads=config.num_attention_heads,
@@ -149,8 +149,8 @@ def build(config: DeepseekV3Config, *, key: PRNGKeyArray, dtype: DTypeLike, exec
             key=key,
         )
 
-    def feed_forward(layer: int, key: PRNGKeyArray) -> MLP | MoE:
-        if not config.is_sparse(layer):
+    def feed_forward(sparse: bool, key: PRNGKeyArray) -> MLP | MoE:
+        if not sparse:
             return MLP(hidden, config.intermediate_size, std=std, dtype=dtype, key=key)
         router_key, experts_key, shared_key = jax.random.split(key, 3)
         experts, width = config.n_routed_experts, config.moe_intermediate_size
@@ -172,7 +172,8 @@ def build(config: DeepseekV3Config, *, key: PRNGKeyArray, dtype: DTypeLike, exec
             execution=execution,
         )
 
-    return decoder(config, attention=attention, feed_forward=feed_forward, dtype=dtype, key=key)
+    sparse = [config.is_sparse(layer) for layer in range(config.num_hidden_layers)]
+    return decoder(config, kinds=sparse, attention=attention, feed_forward=feed_forward, dtype=dtype, key=key)
 
 
 def names(config: DeepseekV3Config) -> Layouts:

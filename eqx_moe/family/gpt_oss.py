@@ -83,11 +83,11 @@ def build(config: GptOssConfig, *, key: PRNGKeyArray, dtype: DTypeLike, executio
     assert config.layer_types is not None
     windows = [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
 
-    def attention(layer: int, key: PRNGKeyArray) -> Attention:
+    def attention(window: int | None, key: PRNGKeyArray) -> Attention:
         bias = config.attention_bias
-        return gqa(config, window=windows[layer], qkv_bias=bias, o_bias=bias, sinks=True, dtype=dtype, key=key)
+        return gqa(config, window=window, qkv_bias=bias, o_bias=bias, sinks=True, dtype=dtype, key=key)
 
-    def moe(layer: int, key: PRNGKeyArray) -> MoE:
+    def moe(window: int | None, key: PRNGKeyArray) -> MoE:
         router_key, experts_key = jax.random.split(key)
         gating = ClampedSwiGLU(config.swiglu_alpha, config.swiglu_limit)
         return MoE(
@@ -105,7 +105,7 @@ def build(config: GptOssConfig, *, key: PRNGKeyArray, dtype: DTypeLike, executio
             execution=execution,
         )
 
-    return decoder(config, attention=attention, feed_forward=moe, round_last=True, dtype=dtype, key=key)
+    return decoder(config, kinds=windows, attention=attention, feed_forward=moe, round_last=True, dtype=dtype, key=key)
 
 
 _EXPERTS, _THEIRS = LAYER + "moe.experts.", THEIRS + "mlp.experts."

@@ -51,10 +51,10 @@ class LlamaConfig:
 def build(config: LlamaConfig, *, key: PRNGKeyArray, dtype: DTypeLike, execution: AbstractExecution) -> Decoder:
     """A Llama with random weights; it has no experts, so `execution` says nothing to it."""
 
-    def attention(layer: int, key: PRNGKeyArray) -> Attention:
+    def attention(kind: None, key: PRNGKeyArray) -> Attention:
         return gqa(config, qkv_bias=config.attention_bias, o_bias=config.attention_bias, dtype=dtype, key=key)
 
-    def mlp(layer: int, key: PRNGKeyArray) -> MLP:
+    def mlp(kind: None, key: PRNGKeyArray) -> MLP:
         std = config.initializer_range
         return MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, std=std, dtype=dtype, key=key)
 

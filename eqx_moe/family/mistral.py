@@ -51,10 +51,10 @@ class MistralConfig:
 def build(config: MistralConfig, *, key: PRNGKeyArray, dtype: DTypeLike, execution: AbstractExecution) -> Decoder:
     """A Mistral with random weights; it has no experts, so `execution` says nothing to it."""
 
-    def attention(layer: int, key: PRNGKeyArray) -> Attention:
+    def attention(kind: None, key: PRNGKeyArray) -> Attention:
         return gqa(config, window=config.sliding_window, dtype=dtype, key=key)
 
-    def mlp(layer: int, key: PRNGKeyArray) -> MLP:
+    def mlp(kind: None, key: PRNGKeyArray) -> MLP:
         std = config.initializer_range
         return MLP(config.hidden_size, config.intermediate_size, std=std, dtype=dtype, key=key)
 

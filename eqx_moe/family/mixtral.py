@@ -61,10 +61,10 @@ def build(config: MixtralConfig, *, key: PRNGKeyArray, dtype: DTypeLike, executi
     """A Mixtral with random weights."""
     hidden, std = config.hidden_size, config.initializer_range
 
-    def attention(layer: int, key: PRNGKeyArray) -> Attention:
+    def attention(kind: None, key: PRNGKeyArray) -> Attention:
         return gqa(config, window=config.sliding_window, dtype=dtype, key=key)
 
-    def moe(layer: int, key: PRNGKeyArray) -> MoE:
+    def moe(kind: None, key: PRNGKeyArray) -> MoE:
         router_key, experts_key = jax.random.split(key)
         return MoE(
             router=SoftmaxTopKRouter(

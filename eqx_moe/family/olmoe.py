@@ -65,11 +65,11 @@ def build(config: OlmoeConfig, *, key: PRNGKeyArray, dtype: DTypeLike, execution
     """An OLMoE with random weights."""
     hidden, std = config.hidden_size, config.initializer_range
 
-    def attention(layer: int, key: PRNGKeyArray) -> Attention:
+    def attention(kind: None, key: PRNGKeyArray) -> Attention:
         bias = config.attention_bias
         return gqa(config, qkv_bias=bias, o_bias=bias, qk_norm="all", clip=config.clip_qkv, dtype=dtype, key=key)
 
-    def moe(layer: int, key: PRNGKeyArray) -> MoE:
+    def moe(kind: None, key: PRNGKeyArray) -> MoE:
         router_key, experts_key = jax.random.split(key)
         experts, k, normalise = config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
         return MoE(

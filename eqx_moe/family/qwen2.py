@@ -54,14 +54,15 @@ class Qwen2Config:
 def build(config: Qwen2Config, *, key: PRNGKeyArray, dtype: DTypeLike, execution: AbstractExecution) -> Decoder:
     """A Qwen2 with random weights; it has no experts, so `execution` says nothing to it."""
 
-    def attention(layer: int, key: PRNGKeyArray) -> Attention:
-        return gqa(config, window=window_of(config, layer), qkv_bias=True, dtype=dtype, key=key)
+    def attention(window: int | None, key: PRNGKeyArray) -> Attention:
+        return gqa(config, window=window, qkv_bias=True, dtype=dtype, key=key)
 
-    def mlp(layer: int, key: PRNGKeyArray) -> MLP:
+    def mlp(window: int | None, key: PRNGKeyArray) -> MLP:
         std = config.initializer_range
         return MLP(config.hidden_size, config.intermediate_size, std=std, dtype=dtype, key=key)
 
-    return decoder(config, attention=attention, feed_forward=mlp, dtype=dtype, key=key)
+    windows = [window_of(config, layer) for layer in range(config.num_hidden_layers)]
+    return decoder(config, kinds=windows, attention=attention, feed_forward=mlp, dtype=dtype, key=key)
 
 
 def names(config: Qwen2Config) -> Layouts:

@@ -56,17 +56,16 @@ class Qwen3Config:
 def build(config: Qwen3Config, *, key: PRNGKeyArray, dtype: DTypeLike, execution: AbstractExecution) -> Decoder:
     """A Qwen3 with random weights; it has no experts, so `execution` says nothing to it."""
 
-    def attention(layer: int, key: PRNGKeyArray) -> Attention:
+    def attention(window: int | None, key: PRNGKeyArray) -> Attention:
         bias = config.attention_bias
-        return gqa(
-            config, window=window_of(config, layer), qkv_bias=bias, o_bias=bias, qk_norm="head", dtype=dtype, key=key
-        )
+        return gqa(config, window=window, qkv_bias=bias, o_bias=bias, qk_norm="head", dtype=dtype, key=key)
 
-    def mlp(layer: int, key: PRNGKeyArray) -> MLP:
+    def mlp(window: int | None, key: PRNGKeyArray) -> MLP:
         std = config.initializer_range
         return MLP(config.hidden_size, config.intermediate_size, std=std, dtype=dtype, key=key)
 
-    return decoder(config, attention=attention, feed_forward=mlp, dtype=dtype, key=key)
+    windows = [window_of(config, layer) for layer in range(config.num_hidden_layers)]
+    return decoder(config, kinds=windows, attention=attention, feed_forward=mlp, dtype=dtype, key=key)
 
 
 def names(config: Qwen3Config) -> Layouts:

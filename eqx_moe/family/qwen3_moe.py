@@ -81,13 +81,13 @@ def build(config: Qwen3MoeConfig, *, key: PRNGKeyArray, dtype: DTypeLike, execut
     """A Qwen3-MoE with random weights."""
     hidden, std = config.hidden_size, config.initializer_range
 
-    def attention(layer: int, key: PRNGKeyArray) -> Attention:
+    def attention(sparse: bool, key: PRNGKeyArray) -> Attention:
         window = config.sliding_window if config.use_sliding_window else None
         bias = config.attention_bias
         return gqa(config, window=window, qkv_bias=bias, o_bias=bias, qk_norm="head", dtype=dtype, key=key)
 
-    def feed_forward(layer: int, key: PRNGKeyArray) -> MLP | MoE:
-        if not config.is_sparse(layer):
+    def feed_forward(sparse: bool, key: PRNGKeyArray) -> MLP | MoE:
+        if not sparse:
             return MLP(hidden, config.intermediate_size, std=std, dtype=dtype, key=key)
         router_key, experts_key = jax.random.split(key)
         experts, k, normalise = config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
@@ -97,7 +97,8 @@ def build(config: Qwen3MoeConfig, *, key: PRNGKeyArray, dtype: DTypeLike, execut
             execution=execution,
         )
 
-    return decoder(config, attention=attention, feed_forward=feed_forward, dtype=dtype, key=key)
+    sparse = [config.is_sparse(layer) for layer in range(config.num_hidden_layers)]
+    return decoder(config, kinds=sparse, attention=attention, feed_forward=feed_forward, dtype=dtype, key=key)
 
 
 def names(config: Qwen3MoeConfig) -> Layouts:
