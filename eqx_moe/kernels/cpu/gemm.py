@@ -89,12 +89,12 @@ def multiply(a, a_row, a_depth, rows, b, b_row, columns, depth, c, c_row):
 
 @no_type_check
 @njit(nogil=True)
-def _pack_turned(b, b_row, first, columns, start, depth, width, panel):
-    """`panel[k, n] = B[first + n, start + k]`; columns past `columns` repeat the last."""
+def _pack_turned(b, b_row, columns, depth, width, panel):
+    """`panel[k, n] = B[n, k]`; columns past `columns` repeat the last."""
     eights = depth - depth % 8
     for n in range(0, width, 8):
         base = min(n, columns - 1)
-        here = b + (first + base) * b_row + 4 * start
+        here = b + base * b_row
         last = max(min(8, columns - n), 1) - 1
         for k in range(0, eights, 8):
             transpose8(here + 4 * k, b_row, last, panel + 4 * (k * width + n), 4 * width, 7)
@@ -134,7 +134,7 @@ def multiply_turned(a, a_row, rows, b, b_row, columns, depth, c, c_row):
             step = _DEPTH if width == WIDE else _NARROW_DEPTH
             for k in range(0, depth, step):
                 deep = min(step, depth - k)
-                _pack_turned(b, b_row, n, used, k, deep, width, panel)
+                _pack_turned(b + n * b_row + 4 * k, b_row, used, deep, width, panel)
                 here = a + m * a_row + 4 * k
                 if width == WIDE:
                     for s in range(0, some, WIDE_ROWS):

@@ -140,31 +140,24 @@ def transpose8(typing_context, source, source_row, source_last, target, target_r
     return types.void(*[types.int64] * 6), codegen
 
 
-@no_type_check
-@intrinsic
-def move(typing_context, source, target):
-    """`LANES` floats from one address to another."""
+def _mover(kind):
+    @no_type_check
+    @intrinsic
+    def move(typing_context, source, target):
+        """Floats from one address to another."""
 
-    def codegen(context, builder, signature, arguments):
-        vector = ir.VectorType(_FLOAT, LANES)
-        source, target = (_pointer(builder, address, vector) for address in arguments)
-        builder.store(builder.load(source, align=4), target, align=4)
-        return context.get_dummy_value()
+        def codegen(context, builder, signature, arguments):
+            source, target = (_pointer(builder, address, kind) for address in arguments)
+            builder.store(builder.load(source, align=4), target, align=4)
+            return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64), codegen
+        return types.void(types.int64, types.int64), codegen
+
+    return move
 
 
-@no_type_check
-@intrinsic
-def move1(typing_context, source, target):
-    """One float from one address to another."""
-
-    def codegen(context, builder, signature, arguments):
-        source, target = (_pointer(builder, address, _FLOAT) for address in arguments)
-        builder.store(builder.load(source, align=4), target, align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
+#: `LANES` floats, and one.
+move, move1 = _mover(ir.VectorType(_FLOAT, LANES)), _mover(_FLOAT)
 
 
 @no_type_check
