@@ -299,6 +299,20 @@ def rename_all(function):
     return lambda tensors: {function(name): value for name, value in tensors.items()}
 
 
+def packed(tensors):
+    """The same experts in the other layout, whose names are fewer."""
+    theirs = {name: x for name, x in tensors.items() if ".experts." not in name and ".gate." not in name}
+    for layer in range(MODEL.num_hidden_layers):
+        moe, to = f"model.layers.{layer}.block_sparse_moe.", f"model.layers.{layer}.mlp."
+        w1, w2, w3 = (
+            np.stack([tensors[f"{moe}experts.{e}.{w}.weight"] for e in range(MODEL.num_local_experts)])
+            for w in ("w1", "w2", "w3")
+        )
+        theirs |= {to + "gate.weight": tensors[moe + "gate.weight"], to + "experts.down_proj": w2}
+        theirs[to + "experts.gate_up_proj"] = np.concatenate([w1, w3], axis=1)
+    return theirs
+
+
 TENSORS = {
     "missing-norm": (drop(NORM), "ST-MISSING", NORM),
     "missing-head": (drop(HEAD), "ST-MISSING", HEAD),
@@ -341,6 +355,11 @@ TENSORS = {
         lambda tensors: tensors | {"model.layers.0.mlp.experts.down_proj": np.zeros((5, 12, 17), "f4")},
         "ST-EXTRA",
         "model.layers.0.mlp.experts.down_proj",
+    ),
+    "packed-and-a-layer-as-released": (
+        lambda tensors: packed(tensors) | {name: x for name, x in tensors.items() if ".layers.0." in name},
+        "ST-EXTRA",
+        "model.layers.0.block_sparse_moe.experts.0.w1.weight",
     ),
     "transposed": (change(HEAD, lambda x: x.T.copy()), "ST-SHAPE", HEAD),
     "expert-transposed": (change(EXPERT, lambda x: x.T.copy()), "ST-SHAPE", EXPERT),
@@ -744,7 +763,11 @@ MISFITS = {
     "one-expert-more": ({"num_local_experts": 6}, "ST-MISSING", ""),
     "one-expert-less": ({"num_local_experts": 4}, "ST-EXTRA", ""),
     "many-layers-more": ({"num_hidden_layers": 200}, "ST-MISSING", "model.layers.2.input_layernorm.weight"),
-    "many-experts-more": ({"num_local_experts": 8000}, "ST-MISSING", EXPERT.replace("1", "0", 1).replace("2", "5", 1)),
+    "many-experts-more": (
+        {"num_local_experts": 8000},
+        "ST-MISSING",
+        "model.layers.0.block_sparse_moe.experts.5.w1.weight",
+    ),
     "most-layers": ({"num_hidden_layers": 512}, "ST-MISSING", "model.layers.2.input_layernorm.weight"),
     "most-experts": ({"num_hidden_layers": 8, "num_local_experts": 8192}, "ST-MISSING", ""),
     "hidden-one-more": ({"hidden_size": 13}, "ST-SHAPE", ""),

@@ -83,6 +83,7 @@ WRONG = {
     "a tensor named twice": ((*NAMES[:2], Name("norm", "h.0.e.0.w1")), "'h.0.e.0.w1' twice"),
     "a lost placeholder": ((*NAMES[:2], Name("layers.{l}.gate", "gate")), "'layers.0.gate' twice"),
     "an absent partner": ((Name(("layers.{l}.gate", "layers.{l}.down"), "h.{l}"),), "no \\['layers.0.down'\\]"),
+    "a stack of nothing": ((*NAMES, Name("none", "none.{e}")), "names nothing"),
     "unequal widths": ((Name(("layers.{l}.gate", "norm"), "h.{l}"),), "cannot join"),
 }
 
@@ -92,3 +93,9 @@ def test_a_table_that_does_not_fit_is_our_own_error(name):
     names, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         plan(names, leaf_paths(toy()))
+
+
+def test_a_stack_of_nothing_is_not_named_by_its_row():
+    leaves = {"w": jax.ShapeDtypeStruct((0, 3), "float32")}
+    with pytest.raises(ValueError, match="names nothing"):
+        plan((Name("w", "e.{e}.w"),), leaves)

@@ -4,14 +4,18 @@ import dataclasses
 import math
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import DEEPSEEK_V3, GPT_OSS, LINEAR, LLAMA3, LONGROPE, OLMOE, QWEN3_MOE, YARN
 
 from eqx_moe.errors import CheckpointError
+from eqx_moe.family import gpt_oss
+from eqx_moe.family.base import decoder, gqa
 from eqx_moe.family.rope import rope
 from eqx_moe.models import config_to_json, count_parameters, parse_config, skeleton
+from eqx_moe.nn.mlp import MLP
 from eqx_moe.nn.rope import YarnRope
 
 PLAIN = {
@@ -335,3 +339,27 @@ def test_odd_numbers_that_mean_something_are_what_they_are_to_the_reference(para
         expected, scale = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](theirs, "cpu", seq_len=1)
     np.testing.assert_allclose(found, np.asarray(expected), rtol=2e-6)
     assert ours.scale == pytest.approx(scale) and np.all(found > 0)
+
+
+def test_a_skeleton_traces_each_kind_of_layer_once(monkeypatch):
+    traced = []
+    monkeypatch.setattr(
+        gpt_oss, "gqa", lambda *args, **options: traced.append(options["window"]) or gqa(*args, **options)
+    )
+    config = parse_config(dict(PLAIN["gpt_oss"], num_hidden_layers=7, layer_types=None), "config.json")
+    windows = [layer.attention.window for layer in skeleton(config).layers]
+    assert windows == [config.sliding_window, None] * 3 + [config.sliding_window]
+    assert traced == windows[:2]
+
+
+def test_as_many_kinds_as_layers():
+    config = parse_config(dict(PLAIN["olmoe"], num_hidden_layers=3), "config.json")
+    with pytest.raises(ValueError, match="longer"):
+        decoder(
+            config,
+            kinds=[None, None],
+            attention=lambda kind, key: gqa(config, dtype="float32", key=key),
+            feed_forward=lambda kind, key: MLP(config.hidden_size, 16, std=1.0, dtype="float32", key=key),
+            dtype="float32",
+            key=jax.random.key(0),
+        )

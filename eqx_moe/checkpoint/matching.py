@@ -45,8 +45,7 @@ def match(
             5,000.
     """
     plans = [plan(names, leaves) for names in layouts.values()]
-    # The layout that names most of what there is; of several, the one that lacks least.
-    tensors = min(plans, key=lambda tensors: (-len(tensors.keys() & stored.keys()), len(tensors)))
+    tensors = min(plans, key=lambda tensors: _distance(tensors, stored))
     passed = [matcher(each.theirs) for each in skipped if each.beside is None or each.beside in stored]
     aliases = dict(tied)
     extra = [
@@ -77,6 +76,15 @@ def match(
             ),
         )
     return tensors
+
+
+def _distance(tensors: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> tuple[int, int]:
+    """How far a layout is from the files: fewest leaves that lack something first, then most tensors that are there.
+
+    Not by tensors alone: a packed layout has few, so it would lack few in files that have nothing of it.
+    """
+    lacking = {tensor.composition.leaves for name, tensor in tensors.items() if name not in stored}
+    return sum(map(len, lacking)), -len(tensors.keys() & stored.keys())
 
 
 def _unmatched(tensors: Mapping[str, Tensor], stored: Mapping[str, Stored], extra: list[str]) -> Iterator[_Problem]:

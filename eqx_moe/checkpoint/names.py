@@ -59,11 +59,11 @@ class Part(NamedTuple):
 
 
 class Composition(NamedTuple):
-    """What tensors of one stack have in common: of which leaves they are made, the shape of each one's part, and their
-    own; and the row of the name table that says how parts are joined where there are several."""
+    """What tensors of one stack have in common: of which leaves they are made, the shapes of their parts, and the
+    tensors' own; and the row of the name table that says how parts are joined where there are several."""
 
     leaves: tuple[str, ...]
-    parts: tuple[tuple[int, ...], ...]
+    shapes: tuple[tuple[int, ...], ...]
     shape: tuple[int, ...]
     row: Name
 
@@ -85,7 +85,8 @@ class Tensor(NamedTuple):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        return tuple([Part(leaf, self.index, shape) for leaf, shape in zip(*self.composition[:2], strict=True)])
+        leaves, shapes = self.composition.leaves, self.composition.shapes
+        return tuple([Part(leaf, self.index, shape) for leaf, shape in zip(leaves, shapes, strict=True)])
 
     @property
     def strided(self) -> bool:
@@ -101,10 +102,10 @@ class Tensor(NamedTuple):
         """Where in the tensor a box of the part `number` is; with steps, if parts take turns."""
         result, axis = list(box), len(box) + self.row.axis
         if self.row.interleaved:
-            turns = len(self.composition.parts)
+            turns = len(self.composition.shapes)
             result[axis] = range(number + turns * box[axis].start, number + turns * box[axis].stop, turns)
         elif number:
-            before = sum(shape[axis] for shape in self.composition.parts[:number])
+            before = sum(shape[axis] for shape in self.composition.shapes[:number])
             result[axis] = range(before + box[axis].start, before + box[axis].stop)
         if self.row.transposed:
             result[-2:] = result[:-3:-1]
@@ -125,11 +126,11 @@ class Tensor(NamedTuple):
     def views(self, values: np.ndarray) -> list[np.ndarray]:
         """Each part as a view of the whole tensor's values, or of those of an entry of its first `lead` axes."""
         axis = self.row.axis
-        values, number = self.turned(values), len(self.composition.parts)
+        values, number = self.turned(values), len(self.composition.shapes)
         if self.row.interleaved:
             after = (slice(None),) * (-axis - 1)
             return [values[(..., slice(i, None, number), *after)] for i in range(number)]
-        ends = itertools.accumulate(shape[axis] for shape in self.composition.parts)
+        ends = itertools.accumulate(shape[axis] for shape in self.composition.shapes)
         return np.split(values, list(ends)[:-1], axis=axis) if number > 1 else [values]
 
 
@@ -206,13 +207,14 @@ def _expand(row: Name, leaves: Mapping[str, Any]) -> list[tuple[Composition, lis
             Tensor(row.theirs.format(**numbers, **dict(zip(stacked, index, strict=True))), index, composition)
             for index in itertools.product(*map(range, shapes[0][:depth]))
         ]
-        groups.append((composition, group))
+        if group:
+            groups.append((composition, group))
     if not groups:
         raise ValueError(f"{row} names nothing in the model.")
     return groups
 
 
-# These two are called for every leaf, of which there may be 10,000: checking their types took longer than the rest.
+# These two are called for every leaf, of which there may be 10,000: `EQX_MOE_TYPECHECK` took longer than all the rest.
 @no_type_check
 def _joinable(row: Name, shapes: list[tuple[int, ...]], stacks: set[tuple[int, ...]]) -> bool:
     least = max(-row.axis if len(shapes) > 1 else 0, 2 if row.transposed else 0)

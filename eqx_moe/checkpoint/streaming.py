@@ -89,7 +89,7 @@ class _Source:
 
     def read(self, index: tuple[int, ...], target: np.ndarray) -> None:
         """Fills a contiguous array with the entry `index` of the part's first axes."""
-        shape = self.tensor.parts[self.number].shape
+        shape = self.tensor.composition.shapes[self.number]
         box = (*(range(i, i + 1) for i in index), *whole(shape[len(index) :]))
         for _, read in reads(self.tensor, self.stored, [(self.number, box, target.reshape(lengths(box)))]):
             read()

@@ -130,17 +130,18 @@ def decoder(
             moe=part if isinstance(part, MoE) else None,
         )
 
-    # Outside of a program this would compile a whole layer, where each draw of a shape compiles once for all models.
-    make = eqx.filter_jit(layer) if isinstance(key, Tracer) else layer
     embed_key, head_key, layers_key = jax.random.split(key, 3)
     layer_keys = jax.random.split(layers_key, config.num_hidden_layers)
+    # Outside of a program this would compile a whole layer, where each draw of a shape compiles once for all models.
+    make = eqx.filter_jit(layer) if isinstance(layer_keys, Tracer) else layer
+    each = [None] * config.num_hidden_layers if kinds is None else kinds
     std = config.initializer_range
     head = None
     if not config.tie_word_embeddings:
         head = Linear(config.hidden_size, config.vocab_size, std=std, dtype=dtype, key=head_key)
     return Decoder(
         embed=Embedding(config.vocab_size, config.hidden_size, std=std, dtype=dtype, key=embed_key),
-        layers=tuple(map(make, kinds or [None] * config.num_hidden_layers, layer_keys)),
+        layers=tuple(make(kind, key) for kind, key in zip(each, layer_keys, strict=True)),
         norm=norm(),
         head=head,
         config=config,
