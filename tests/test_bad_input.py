@@ -794,7 +794,9 @@ def test_a_config_that_cannot_be(single, refused, name):
         assert all(known in error.expected for known in eqx_moe.families())
 
 
-@pytest.mark.parametrize("name", MISFITS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] if "most-" in name else []) for name in MISFITS]
+)
 @pytest.mark.filterwarnings("ignore:config.json has keys")
 def test_a_config_that_does_not_fit_the_weights(single, refused, name):
     changes, code, item = MISFITS[name]
