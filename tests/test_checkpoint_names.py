@@ -83,7 +83,6 @@ WRONG = {
     "a tensor named twice": ((*NAMES[:2], Name("norm", "h.0.e.0.w1")), "'h.0.e.0.w1' twice"),
     "a lost placeholder": ((*NAMES[:2], Name("layers.{l}.gate", "gate")), "'layers.0.gate' twice"),
     "an absent partner": ((Name(("layers.{l}.gate", "layers.{l}.down"), "h.{l}"),), "no \\['layers.0.down'\\]"),
-    "a stack of nothing": ((*NAMES, Name("none", "none.{e}")), "names nothing"),
     "unequal widths": ((Name(("layers.{l}.gate", "norm"), "h.{l}"),), "cannot join"),
 }
 

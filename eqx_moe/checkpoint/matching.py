@@ -129,14 +129,18 @@ def _twins(
     tensors: Mapping[str, Tensor], aliases: Mapping[str, str], stored: Mapping[str, Stored], one_dtype: bool
 ) -> dict[str, str]:
     """Tensors that must have the dtype of another: tied ones, and with `one_dtype` those of one leaf."""
-    twins = {name: original for name, original in aliases.items() if original in tensors}
+    twins = {
+        name: original
+        for name, original in aliases.items()
+        if original in tensors and name in stored and original in stored
+    }
     if one_dtype:
         first: dict[str, str] = {}
         for name, tensor in tensors.items():
             if name in stored:
                 for leaf in tensor.composition.leaves:
                     twins.setdefault(name, first.setdefault(leaf, name))
-    return {name: other for name, other in twins.items() if name in stored and other in stored}
+    return twins
 
 
 def _unequal_dtypes(twins: Mapping[str, str], stored: Mapping[str, Stored]) -> Iterator[_Problem]:

@@ -164,10 +164,10 @@ def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
 
 def _held(tensor: Tensor, boxes: Mapping[str, list[Box]]) -> Iterator[tuple[int, int, Box]]:
     """What of a tensor is held: the number of a part, that of a box of its leaf, and this as a box of the part."""
-    for number, part in enumerate(tensor.parts):
-        for which, box in enumerate(boxes[part.leaf]):
-            if all(i in along for i, along in zip(part.index, box, strict=False)):
-                yield number, which, box[len(part.index) :]
+    for number, leaf in enumerate(tensor.composition.leaves):
+        for which, box in enumerate(boxes[leaf]):
+            if all(i in along for i, along in zip(tensor.index, box, strict=False)):
+                yield number, which, box[len(tensor.index) :]
 
 
 def _places(
@@ -175,9 +175,9 @@ def _places(
 ) -> Iterator[tuple[int, Box, np.ndarray]]:
     """Where what is held of a tensor goes: the number of a part, a box of it, and the place in a buffer of its leaf."""
     for number, which, box in _held(tensor, boxes):
-        part = tensor.parts[number]
-        entry = (i - along.start for i, along in zip(part.index, boxes[part.leaf][which], strict=False))
-        yield number, box, buffers[part.leaf][which][(*entry, ...)]
+        leaf = tensor.composition.leaves[number]
+        entry = (i - along.start for i, along in zip(tensor.index, boxes[leaf][which], strict=False))
+        yield number, box, buffers[leaf][which][(*entry, ...)]
 
 
 def _put(boxes: list[Box], buffers: list[np.ndarray], shape: tuple[int, ...], sharding: Sharding) -> jax.Array:

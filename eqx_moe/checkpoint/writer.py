@@ -206,12 +206,12 @@ def _shard(
                 if not isinstance(leaf := leaves[path], Unread) and not _is_spread(leaf):
                     hosts[path] = _host(leaf)
         for entry in np.ndindex(*tensor.shape[: tensor.lead]):
-            blocks = [_entry_of(leaves[part.leaf], hosts.get(part.leaf), part.index + entry) for part in tensor.parts]
+            blocks = [_entry_of(leaves[path], hosts.get(path), tensor.index + entry) for path in paths]
             if tensor.strided:
                 yield _strided(tensor, blocks, _dtype(tensor, dtypes), file)
                 continue
-            for part, block in zip(tensor.parts, blocks, strict=True):
-                yield _bytes(block, dtypes[part.leaf], tensor.name, file)
+            for path, block in zip(paths, blocks, strict=True):
+                yield _bytes(block, dtypes[path], tensor.name, file)
 
 
 def _entry_of(leaf: Array | np.ndarray | Unread, host: np.ndarray | None, index: tuple[int, ...]) -> np.ndarray:

@@ -247,11 +247,13 @@ def check_layer_types(config: Any) -> None:
         raise ConfigError("sliding_window", "given where layer_types has 'sliding_attention'", None)
 
 
-def window_of(config: Any, layer: int) -> int | None:
-    """The window of one layer, by the rule that `check_windows` describes."""
+def windows_of(config: Any) -> list[int | None]:
+    """The window of each layer, by `layer_types` or else by the rule that `check_windows` describes."""
     if config.layer_types is not None:
-        return config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
-    return config.sliding_window if config.use_sliding_window and layer >= config.max_window_layers else None
+        slides = [kind == "sliding_attention" for kind in config.layer_types]
+    else:
+        slides = [config.use_sliding_window and i >= config.max_window_layers for i in range(config.num_hidden_layers)]
+    return [config.sliding_window if each else None for each in slides]
 
 
 def fields_from_json(

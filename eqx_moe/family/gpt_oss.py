@@ -13,7 +13,7 @@ from jaxtyping import PRNGKeyArray
 from eqx_moe.checkpoint.names import Name
 from eqx_moe.execution import AbstractExecution
 from eqx_moe.family.base import LAYER, THEIRS, Family, Layouts, decoder, decoder_names, gqa, gqa_names
-from eqx_moe.family.config import ConfigError, RopeParameters, check_common, check_layer_types
+from eqx_moe.family.config import ConfigError, RopeParameters, check_common, check_layer_types, windows_of
 from eqx_moe.family.rope import rope
 from eqx_moe.nn.attention import Attention
 from eqx_moe.nn.decoder import Decoder
@@ -80,8 +80,6 @@ def build(config: GptOssConfig, *, key: PRNGKeyArray, dtype: DTypeLike, executio
     """A gpt-oss with random weights."""
     hidden, std = config.hidden_size, config.initializer_range
     experts, k = config.num_local_experts, config.num_experts_per_tok
-    assert config.layer_types is not None
-    windows = [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
 
     def attention(window: int | None, key: PRNGKeyArray) -> Attention:
         bias = config.attention_bias
@@ -105,7 +103,15 @@ def build(config: GptOssConfig, *, key: PRNGKeyArray, dtype: DTypeLike, executio
             execution=execution,
         )
 
-    return decoder(config, kinds=windows, attention=attention, feed_forward=moe, round_last=True, dtype=dtype, key=key)
+    return decoder(
+        config,
+        kinds=windows_of(config),
+        attention=attention,
+        feed_forward=moe,
+        round_last=True,
+        dtype=dtype,
+        key=key,
+    )
 
 
 _EXPERTS, _THEIRS = LAYER + "moe.experts.", THEIRS + "mlp.experts."

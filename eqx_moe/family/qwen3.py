@@ -11,7 +11,7 @@ from jaxtyping import PRNGKeyArray
 
 from eqx_moe.execution import AbstractExecution
 from eqx_moe.family.base import Family, Layouts, decoder, decoder_names, gqa, gqa_names, mlp_names, rotary_buffers
-from eqx_moe.family.config import RopeParameters, check_common, check_windows, window_of
+from eqx_moe.family.config import RopeParameters, check_common, check_windows, windows_of
 from eqx_moe.family.rope import rope
 from eqx_moe.nn.attention import Attention
 from eqx_moe.nn.decoder import Decoder
@@ -64,8 +64,7 @@ def build(config: Qwen3Config, *, key: PRNGKeyArray, dtype: DTypeLike, execution
         std = config.initializer_range
         return MLP(config.hidden_size, config.intermediate_size, std=std, dtype=dtype, key=key)
 
-    windows = [window_of(config, layer) for layer in range(config.num_hidden_layers)]
-    return decoder(config, kinds=windows, attention=attention, feed_forward=mlp, dtype=dtype, key=key)
+    return decoder(config, kinds=windows_of(config), attention=attention, feed_forward=mlp, dtype=dtype, key=key)
 
 
 def names(config: Qwen3Config) -> Layouts:
