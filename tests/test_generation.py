@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import MIXTRAL
+from cases import DEEPSEEK_V3, LLAMA, MIXTRAL
 from weights import draw
 
 import eqx_moe
+from eqx_moe.execution import Capacity, ExpertParallel
 from eqx_moe.family.generation_config import GenerationConfig
 from eqx_moe.generation import decode
 from eqx_moe.generation.sampling import Sampling, choose
@@ -72,6 +73,46 @@ def test_arrays_of_prompts(model, greedy):
     prompts = np.asarray([PROMPTS[0], PROMPTS[0]])
     assert eqx_moe.generate(model, jnp.asarray(prompts)[None], max_new_tokens=18) == [greedy[0]] * 2
     assert eqx_moe.generate(model, prompts[0], max_new_tokens=18) == [greedy[0]]
+
+
+@pytest.mark.parametrize("case", [MIXTRAL[3], LLAMA[0], DEEPSEEK_V3[0]], ids=str)
+def test_the_last_place_alone_is_that_of_all(case):
+    """Its hidden state, the whole cache, what the routers decided there; and the last layer computes no other."""
+    model, tokens = draw(case.parsed), jnp.asarray([[3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8, 2, 8, 1]])
+    segments = jnp.ones_like(tokens).at[0, :3].set(0)
+
+    def run(last_only):
+        run = eqx.filter_jit(lambda cache: model.forward(tokens, None, segments, cache, last_only=last_only))
+        cache = model.init_cache(2, 9)
+        return run(cache), run.lower(cache).compile().compiled.cost_analysis()["flops"]
+
+    (last, less), (every, flops) = run(True), run(False)
+    np.testing.assert_allclose(last.hidden, every.hidden[:, -1:], rtol=1e-5, atol=1e-5)
+    assert eqx.tree_equal(last.cache, every.cache, rtol=1e-5, atol=1e-5)
+    for name in ("logits", "choices", "weights"):
+        for found, expected in zip(getattr(last.router, name), getattr(every.router, name), strict=True):
+            np.testing.assert_allclose(found, expected[:, -1:], rtol=1e-5, atol=1e-5)
+    for stats, choices in zip(last.router.stats, last.router.choices, strict=True):
+        np.testing.assert_array_equal(
+            stats.tokens_per_expert, np.bincount(choices.ravel(), minlength=stats.tokens_per_expert.size)
+        )
+    assert less < 0.96 * flops  # those of the CPU kernels are not among them
+
+
+def test_the_last_place_alone_competes_for_experts_as_among_all():
+    """With a capacity an expert may be full before the last token comes."""
+    model = draw(dataclasses.replace(MIXTRAL[0].parsed, num_hidden_layers=1))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(3, 53, (7, 16)))
+    for factor in (0.2, 1.0):
+        each = eqx_moe.with_options(model, execution=Capacity(factor=factor))
+        every = each.forward(tokens)
+        last = each.forward(tokens, last_only=True)
+        np.testing.assert_allclose(last.hidden, every.hidden[:, -1:], rtol=1e-5, atol=1e-5)
+        assert int(last.router.drops[0]) == int(every.router.drops[0]) > 0
+    dropless = ExpertParallel(jax.make_mesh((1,), ("expert",)))
+    assert not dropless.by_row
+    assert dataclasses.replace(dropless, inner=Capacity()).by_row
+    assert dataclasses.replace(dropless, method="all_to_all", factor=1.5).by_row
 
 
 def test_few_shapes_compile(model, monkeypatch):

@@ -2,7 +2,7 @@
 
 import abc
 import math
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 from jaxtyping import Array, Bool, Float, Int
@@ -73,8 +73,10 @@ class ExpertFunction(Protocol):
 class AbstractExecution(abc.ABC):
     """A way to run the experts. Final subclasses are frozen dataclasses of their options, without arrays."""
 
-    #: Whether what a token gets depends on the other tokens of its row: a row then has to stay in one piece.
-    by_row: ClassVar[bool] = False
+    @property
+    def by_row(self) -> bool:
+        """Whether what a token gets depends on the other tokens of its row: a row then has to stay in one piece."""
+        return False
 
     @abc.abstractmethod
     def __call__(

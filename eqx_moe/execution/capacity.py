@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from fractions import Fraction
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +37,15 @@ class Capacity(AbstractExecution):
 
     factor: float | int = 1.25
     dropped: str = "zero"
-    by_row: ClassVar[bool] = True
 
     def __post_init__(self):
         check_factor(self.factor, "so that an expert has places")
         if self.dropped not in ("zero", "residual"):
             raise ValueError(f"`dropped` must be one of ['zero', 'residual']; got {self.dropped!r}.")
+
+    @property
+    def by_row(self) -> bool:
+        return True
 
     def __call__(
         self,

@@ -89,6 +89,11 @@ class ExpertParallel(AbstractExecution):
                 f"{self.mesh.devices.flat[0].platform!r}. Use 'ring' or 'all_to_all'."
             )
 
+    @property
+    def by_row(self) -> bool:
+        # Who finds a buffer full depends on who came before.
+        return self.inner.by_row or self.factor is not None
+
     def __call__(
         self,
         x: Float[Array, "batch seq hidden"],

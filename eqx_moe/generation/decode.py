@@ -176,7 +176,7 @@ def _step_keys(keys, step):
 
 def _next(model: Decoder, cache: Cache, tokens, segments, step, sampling: Sampling, keys):
     """Runs the tokens and chooses the one after the last."""
-    out = model.forward(tokens, segment_ids=segments, cache=cache)
+    out = model.forward(tokens, segment_ids=segments, cache=cache, last_only=True)
     assert out.cache is not None
     token = choose(model.unembed(out.hidden[:, -1]), sampling, _step_keys(keys, step))
     return out.cache, replicate(token.astype(jnp.int32), model.mesh)

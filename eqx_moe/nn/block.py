@@ -31,12 +31,17 @@ class Block(eqx.Module):
         tables: tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]],
         cache: AnyCache | None = None,
         key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "batch seq hidden"], AnyCache | None, LayerRouting | None]:
+        last_only: bool = False,
+    ) -> tuple[Float[Array, "batch out hidden"], AnyCache | None, LayerRouting | None]:
+        """`tables` are those of `self.attention.rope`. `last_only`: the caller wants the last place of each row and no
+        other, so that `out` may be 1; else it is `seq`."""
         attended, cache = self.attention(self.attention_norm(x), rows, tables, cache)
-        x = x + attended
+        x, mask = x + attended, rows.segments != 0
+        if last_only and not (self.moe is not None and self.moe.execution.by_row):
+            x, mask = x[:, -1:], mask[:, -1:]
         normed = self.ffn_norm(x)
         if self.moe is None:
             assert self.mlp is not None
             return x + self.mlp(normed), cache, None
-        y, routing = self.moe(normed, rows.segments != 0, key)
+        y, routing = self.moe(normed, mask, key)
         return x + y, cache, routing

@@ -74,6 +74,7 @@ class Decoder(eqx.Module):
         segment_ids: Int[Array, "*batch seq"] | None = None,
         cache: Cache | None = None,
         key: PRNGKeyArray | None = None,
+        last_only: bool = False,
     ) -> Output:
         """Hidden states before the head, the advanced cache, and what the routers decided.
 
@@ -86,6 +87,8 @@ class Decoder(eqx.Module):
             cache: from `init_cache` or an earlier call; the tokens are taken as its next places. Without jit, an
                 error if they do not fit; under jit the hidden states are then NaN.
             key: given in training only; the router's jitter draws from it.
+            last_only: give `hidden` and `router` for the last place of each row alone, [*batch, 1, ...]: all that the
+                prefill of a prompt needs, and less work in the last layer. Drops are still those of all places.
         """
         if tokens.size == 0:
             raise ValueError(f"`tokens` must hold at least one token; got an array of shape {tokens.shape}.")
@@ -128,10 +131,15 @@ class Decoder(eqx.Module):
                 first += layer.count
                 continue
             key = None if keys is None else keys[first]
-            x, caches[i], routing = prepare[0](layer)(x, rows, table[0], caches[i], key)
+            narrow = last_only and i == len(self.layers) - 1
+            x, caches[i], routing = prepare[0](layer)(x, rows, table[0], caches[i], key, narrow)
             x = split_rows(x, self.mesh)
             routings += [] if routing is None else [routing]
             first += 1
+        mask = rows.segments != 0
+        if last_only:
+            shape = (*shape[:-1], 1)
+            x, mask, routings = x[:, -1:], mask[:, -1:], [routing.last() for routing in routings]
         hidden = self.norm(x)
         if cache is not None:
             hidden = jnp.where(cache.filled + tokens.shape[1] <= cache.length, hidden, jnp.nan)
@@ -148,7 +156,7 @@ class Decoder(eqx.Module):
                 choices=tuple(routing.choices.reshape(*shape, -1) for routing in routings),
                 weights=tuple(routing.weights.reshape(*shape, -1) for routing in routings),
                 drops=tuple(routing.drops for routing in routings),
-                stats=tuple(RouterStats(routing, rows.segments != 0) for routing in routings),
+                stats=tuple(RouterStats(routing, mask) for routing in routings),
             ),
         )
 

@@ -19,6 +19,10 @@ class LayerRouting(eqx.Module):
     weights: Float[Array, "*tokens k"]
     drops: Int[Array, ""]
 
+    def last(self) -> "LayerRouting":
+        """For the last token of each row; `drops` stays."""
+        return LayerRouting(self.logits[:, -1:], self.choices[:, -1:], self.weights[:, -1:], self.drops)
+
 
 class MoE(eqx.Module):
     """Router, experts, and the execution that brings them together; `shared` is an expert that every token visits."""
