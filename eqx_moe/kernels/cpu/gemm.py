@@ -10,12 +10,16 @@ from typing import no_type_check
 from numba import njit
 
 from eqx_moe.kernels.cpu.instructions import (
+    DOT_ROWS,
+    DOTS_ROWS,
+    FEW,
     LANES,
     NARROW,
-    NARROW_ROWS,
     WIDE,
     WIDE_ROWS,
     add1,
+    dot,
+    dots,
     move,
     move1,
     narrow_tile,
@@ -28,17 +32,22 @@ from eqx_moe.kernels.cpu.instructions import (
 # Panels of B that are packed together, 128 columns of them.
 _PANELS = 128 // WIDE
 
-# Of a sum, so much at once: a panel of B takes 16 KiB. With few columns A comes from memory; then its rows are read in
-# long runs, a panel takes 64 KiB, and the first so many cache lines of the next rows are asked for.
-_DEPTH, _NARROW_DEPTH = 4096 // WIDE, 16384 // NARROW
+# Of a sum, so much at once: a panel of B takes 16 KiB.
+_DEPTH = 4096 // WIDE
+
+# Where rows of A come from memory, they are read in long runs and kept near for all panels of B.
+_DEEP, _COLUMNS = 256, 3 * WIDE
+
 _LINES_AHEAD = 4
+_ROWS_AHEAD = 16
 
-#: Rows whose sums wait in a block of their own, 48 KiB (96 KiB with AVX-512).
-BLOCK = 768
+#: Rows whose sums wait in a block of their own.
+BLOCK = 384
 
-_PANEL_BYTES = 4 * max(_DEPTH * WIDE, _NARROW_DEPTH * NARROW)
 _PANELS_BYTES = 4 * _PANELS * _DEPTH * WIDE
-_SUMS_BYTES = 4 * BLOCK * WIDE
+_NEAR_BYTES = (4 * BLOCK + 64) * _DEPTH
+_TURNED_BYTES = 4 * _COLUMNS * _DEEP
+_SUMS_BYTES = 4 * BLOCK * _COLUMNS
 _TILE_BYTES = 4 * WIDE_ROWS * WIDE
 
 
@@ -50,11 +59,31 @@ def _pack(b, b_row, columns, depth, panels):
     for k in range(depth):
         here, there = b + k * b_row, panels + 4 * k * WIDE
         for n in range(0, full, LANES):
+            prefetch(here + _ROWS_AHEAD * b_row + 4 * n)
             move(here + 4 * n, there + 4 * ((n // WIDE) * depth * WIDE + n % WIDE))
         if full < columns:
             there += 4 * full * depth
             for n in range(WIDE):
                 move1(here + 4 * min(full + n, columns - 1), there + 4 * n)
+
+
+@no_type_check
+@njit(nogil=True)
+def _gather(a, a_depth, rows, depth, near):
+    """`near[k, m] = A[m, k]` where a row of A is 4 bytes from the next; gives the distance from k to k + 1.
+
+    That is an odd number of cache lines: at a multiple of many, all would compete for a few places of the cache.
+    """
+    stride = 128 * (-(-rows // 32)) + 64
+    full = rows - rows % LANES
+    for k in range(depth):
+        here, there = a + k * a_depth, near + k * stride
+        for m in range(0, full, LANES):
+            prefetch(here + _ROWS_AHEAD * a_depth + 4 * m)
+            move(here + 4 * m, there + 4 * m)
+        for m in range(full, rows):
+            move1(here + 4 * m, there + 4 * m)
+    return stride
 
 
 @no_type_check
@@ -65,20 +94,24 @@ def multiply(a, a_row, a_depth, rows, b, b_row, columns, depth, c, c_row):
     `A[m, k]` stands at `a + m * a_row + k * a_depth`, `B[k, n]` at `b + k * b_row + 4 * n` and `C[m, n]` at
     `c + m * c_row + 4 * n`.
     """
-    panels, tile = on_stack(_PANELS_BYTES), on_stack(_TILE_BYTES)
-    for n in range(0, columns, _PANELS * WIDE):
-        used = min(_PANELS * WIDE, columns - n)
-        for k in range(0, depth, _DEPTH):
-            deep = min(_DEPTH, depth - k)
+    panels, tile, near = on_stack(_PANELS_BYTES), on_stack(_TILE_BYTES), on_stack(_NEAR_BYTES)
+    for k in range(0, depth, _DEPTH):
+        deep = min(_DEPTH, depth - k)
+        left, left_depth = a + k * a_depth, a_depth
+        if a_row == 4:
+            left_depth = _gather(left, a_depth, rows, deep, near)
+            left = near
+        for n in range(0, columns, _PANELS * WIDE):
+            used = min(_PANELS * WIDE, columns - n)
             _pack(b + k * b_row + 4 * n, b_row, used, deep, panels)
             for m in range(0, rows, WIDE_ROWS):
-                here, there = a + m * a_row + k * a_depth, c + m * c_row + 4 * n
+                here, there = left + m * a_row, c + m * c_row + 4 * n
                 last = min(WIDE_ROWS, rows - m) - 1
                 for p in range(0, used - WIDE + 1, WIDE):
-                    wide_tile(here, a_row, a_depth, panels + 4 * p * deep, there + 4 * p, c_row, last, deep, k)
+                    wide_tile(here, a_row, left_depth, panels + 4 * p * deep, there + 4 * p, c_row, last, deep, k)
                 p = used - used % WIDE
                 if p < used:
-                    wide_tile(here, a_row, a_depth, panels + 4 * p * deep, tile, 4 * WIDE, last, deep, 0)
+                    wide_tile(here, a_row, left_depth, panels + 4 * p * deep, tile, 4 * WIDE, last, deep, 0)
                     for i in range(last + 1):
                         for j in range(used - p):
                             if k == 0:
@@ -120,32 +153,46 @@ def _write_turned(sums, rows, columns, width, c, c_row):
 @no_type_check
 @njit(nogil=True)
 def multiply_turned(a, a_row, rows, b, b_row, columns, depth, c, c_row):
-    """`C[n, m] = sum over k of A[m, k] B[n, k]`, all of them float32, sums too.
+    """`C[n, m] = sum over k of A[m, k] B[n, k]`, all of them float32, sums too; at most `BLOCK` rows.
 
     `A[m, k]` stands at `a + m * a_row + 4 * k`, `B[n, k]` at `b + n * b_row + 4 * k` and `C[n, m]` at
-    `c + n * c_row + 4 * m`. A is read where it lies, once for every `WIDE` rows of B.
+    `c + n * c_row + 4 * m`. A is read where it lies, once for every `_COLUMNS` rows of B.
     """
-    panel, sums = on_stack(_PANEL_BYTES), on_stack(_SUMS_BYTES)
-    for n in range(0, columns, WIDE):
-        used = min(WIDE, columns - n)
-        width = NARROW if used <= NARROW else WIDE
-        for m in range(0, rows, BLOCK):
-            some = min(BLOCK, rows - m)
-            step = _DEPTH if width == WIDE else _NARROW_DEPTH
-            for k in range(0, depth, step):
-                deep = min(step, depth - k)
-                _pack_turned(b + n * b_row + 4 * k, b_row, used, deep, width, panel)
+    if columns == 1:
+        for m in range(0, rows, DOT_ROWS):
+            dot(a + m * a_row, a_row, min(DOT_ROWS, rows - m) - 1, b, b_row, 0, depth, c + 4 * m, c_row)
+        return
+    if columns <= FEW:
+        for m in range(0, rows, DOTS_ROWS):
+            dots(a + m * a_row, a_row, min(DOTS_ROWS, rows - m) - 1, b, b_row, columns - 1, depth, c + 4 * m, c_row)
+        return
+    panels, sums = on_stack(_TURNED_BYTES), on_stack(_SUMS_BYTES)
+    for n in range(0, columns, _COLUMNS):
+        used = min(_COLUMNS, columns - n)
+        wide = used - used % WIDE
+        if used - wide > NARROW:
+            wide = used
+        for k in range(0, depth, _DEEP):
+            deep = min(_DEEP, depth - k)
+            here = b + n * b_row + 4 * k
+            for p in range(0, wide, WIDE):
+                _pack_turned(here + p * b_row, b_row, min(WIDE, used - p), deep, WIDE, panels + 4 * p * deep)
+            if wide < used:
+                _pack_turned(here + wide * b_row, b_row, used - wide, deep, NARROW, panels + 4 * wide * deep)
+            for m in range(0, rows, WIDE_ROWS):
+                last = min(WIDE_ROWS, rows - m) - 1
                 here = a + m * a_row + 4 * k
-                if width == WIDE:
-                    for s in range(0, some, WIDE_ROWS):
-                        last = min(WIDE_ROWS, some - s) - 1
-                        wide_tile(here + s * a_row, a_row, 4, panel, sums + 4 * s * width, 4 * width, last, deep, k)
-                else:
-                    for s in range(0, some, NARROW_ROWS):
-                        last = min(NARROW_ROWS, some - s) - 1
-                        for i in range(NARROW_ROWS):
-                            ahead = here + (s + NARROW_ROWS + i) * a_row
-                            for line in range(_LINES_AHEAD):
-                                prefetch(ahead + 64 * line)
-                        narrow_tile(here + s * a_row, a_row, 4, panel, sums + 4 * s * width, 4 * width, last, deep, k)
-            _write_turned(sums, some, used, width, c + n * c_row + 4 * m, c_row)
+                for i in range(WIDE_ROWS):
+                    ahead = here + (WIDE_ROWS + i) * a_row
+                    for line in range(_LINES_AHEAD):
+                        prefetch(ahead + 64 * line)
+                for p in range(0, wide, WIDE):
+                    there = sums + 4 * (p * BLOCK + m * WIDE)
+                    wide_tile(here, a_row, 4, panels + 4 * p * deep, there, 4 * WIDE, last, deep, k)
+                if wide < used:
+                    there = sums + 4 * (wide * BLOCK + m * NARROW)
+                    narrow_tile(here, a_row, 4, panels + 4 * wide * deep, there, 4 * NARROW, last, deep, k)
+        for p in range(0, wide, WIDE):
+            _write_turned(sums + 4 * p * BLOCK, rows, min(WIDE, used - p), WIDE, c + (n + p) * c_row, c_row)
+        if wide < used:
+            _write_turned(sums + 4 * wide * BLOCK, rows, used - wide, NARROW, c + (n + wide) * c_row, c_row)

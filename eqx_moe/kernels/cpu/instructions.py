@@ -25,8 +25,8 @@ LANES = _lanes()
 
 #: Columns and rows of a tile. Two fused multiply-adds start in a cycle and each takes four, so there are at least eight
 #: sums; sums, a row of B and a value of A have to fit 16 registers, 32 with AVX-512.
-WIDE, WIDE_ROWS = 2 * LANES, 6 if LANES == 8 else 8
-NARROW, NARROW_ROWS = LANES, 8
+WIDE, WIDE_ROWS = 2 * LANES, 6 if LANES == 8 else 12
+NARROW = LANES
 
 
 def _pointer(builder, address, kind):
@@ -107,7 +107,90 @@ def _tile(rows: int, columns: int):
 
 
 wide_tile = _tile(WIDE_ROWS, WIDE)
-narrow_tile = _tile(NARROW_ROWS, NARROW)
+narrow_tile = _tile(WIDE_ROWS, NARROW)
+
+
+def _dots(rows: int, columns: int):
+    @no_type_check
+    @intrinsic
+    def dots(typing_context, a, a_row, a_last, b, b_row, b_last, depth, c, c_row):
+        """`C[n, m] = sum over k of A[m, k] B[n, k]`, vectors along k. Rows past the last ones are those, as in `tile`."""
+
+        def codegen(context, builder, signature, arguments):
+            a, a_row, a_last, b, b_row, b_last, depth, c, c_row = arguments
+            vector = ir.VectorType(_FLOAT, LANES)
+            bits = ir.VectorType(ir.IntType(1), LANES)
+            zero = ir.Constant(vector, [0.0] * LANES)
+            kind = ir.FunctionType(vector, [vector] * 3)
+            multiply_add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
+            kind = ir.FunctionType(vector, [vector.as_pointer(), _INT, bits, vector])
+            name = f"llvm.masked.load.v{LANES}f32.p0v{LANES}f32"
+            masked_load = cgutils.get_or_insert_function(builder.module, kind, name)
+            m, n = _clamped(builder, a_last, rows), _clamped(builder, b_last, columns)
+            lines = [builder.add(a, builder.mul(i, a_row)) for i in m]
+            others = [builder.add(b, builder.mul(j, b_row)) for j in n]
+            full = builder.and_(depth, _WORD(-LANES))
+
+            def added(sums, load):
+                left = [load(line) for line in lines]
+                result = []
+                for j, other in enumerate(others):
+                    right = load(other)
+                    result.append([builder.call(multiply_add, [each, right, sums[j][i]]) for i, each in enumerate(left)])
+                return result
+
+            before = builder.block
+            head, loop, done = (builder.append_basic_block(name) for name in ("head", "depth", "rest"))
+            builder.branch(head)
+            builder.position_at_end(head)
+            k = builder.phi(_WORD)
+            sums = [[builder.phi(vector) for _ in lines] for _ in others]
+            builder.cbranch(builder.icmp_signed("<", k, full), loop, done)
+            builder.position_at_end(loop)
+            at = builder.mul(k, _WORD(4))
+            totals = added(sums, lambda line: builder.load(_pointer(builder, builder.add(line, at), vector), align=4))
+            k.add_incoming(_WORD(0), before)
+            k.add_incoming(builder.add(k, _WORD(LANES)), loop)
+            for old, new in zip(sums, totals, strict=True):
+                for phi, value in zip(old, new, strict=True):
+                    phi.add_incoming(zero, before)
+                    phi.add_incoming(value, loop)
+            builder.branch(head)
+
+            builder.position_at_end(done)
+            left = builder.trunc(builder.sub(depth, full), _INT)
+            spread = builder.insert_element(ir.Constant(ir.VectorType(_INT, LANES), ir.Undefined), left, _INT(0))
+            spread = builder.shuffle_vector(spread, spread, ir.Constant(ir.VectorType(_INT, LANES), [0] * LANES))
+            mask = builder.icmp_signed("<", ir.Constant(ir.VectorType(_INT, LANES), list(range(LANES))), spread)
+            at = builder.mul(full, _WORD(4))
+
+            def rest(line):
+                place = _pointer(builder, builder.add(line, at), vector)
+                return builder.call(masked_load, [place, _INT(4), mask, zero])
+
+            for j, row in enumerate(added(sums, rest)):
+                for i, total in enumerate(row):
+                    width = LANES
+                    while width > 1:
+                        width //= 2
+                        order = ir.Constant(ir.VectorType(_INT, width), list(range(width)))
+                        upper = ir.Constant(ir.VectorType(_INT, width), list(range(width, 2 * width)))
+                        low, high = (builder.shuffle_vector(total, total, each) for each in (order, upper))
+                        total = builder.fadd(low, high)
+                    value = builder.extract_element(total, _INT(0))
+                    place = builder.add(builder.add(c, builder.mul(n[j], c_row)), builder.mul(m[i], _WORD(4)))
+                    builder.store(value, _pointer(builder, place, _FLOAT), align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 9), codegen
+
+    return dots
+
+
+#: With few rows of B, sums are taken along k: nothing is packed.
+FEW = 4
+DOT_ROWS, DOTS_ROWS = 4, 4 if LANES == 16 else 2
+dot, dots = _dots(DOT_ROWS, 1), _dots(DOTS_ROWS, FEW)
 
 
 @no_type_check
