@@ -110,7 +110,7 @@ class Decoder(eqx.Module):
         rows, default_positions, lengths = _rows(tokens, segment_ids, cache, self.mesh)
         positions = default_positions if positions is None else positions.reshape(tokens.shape)
 
-        tables = {rope: rope.tables(positions, lengths) for rope in self._ropes()}
+        tables = {rope: _computed_once(rope.tables, positions, lengths) for rope in self._ropes()}
         x = split_rows(gather_weights(self.embed, self.mesh, at="embed")(tokens), self.mesh)
         keys = None if key is None else jax.random.split(key, self.depth)
         caches: list[AnyCache | None]
@@ -230,6 +230,17 @@ def _rows(tokens, segment_ids, cache: Cache | None, mesh: Mesh | None):
     key_segments = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.filled, axis=1)
     rows = Rows(segments=segments, start=cache.filled, key_segments=key_segments, mesh=mesh)
     return rows, positions + jnp.sum(same, axis=-1), cache.lengths[:, None]
+
+
+def _computed_once(tables, positions, lengths):
+    """Tables of cosines and sines, which XLA's CPU back end otherwise fuses into each product with them: it computes
+    them anew for every head of every layer. It fuses nothing into a conditional; whose other branch is never taken."""
+
+    def apart(positions, lengths):
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(tables, positions, lengths))
+        return jax.lax.cond(jnp.max(lengths) > 0, tables, lambda *_: zeros, positions, lengths)
+
+    return jax.lax.platform_dependent(positions, lengths, cpu=apart, default=tables)
 
 
 def _refuse_bad_ids(tokens, vocab: int) -> None:

@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, PRNGKeyArray, PyTree, Shaped
 from tqdm import tqdm
 
 from eqx_moe.errors import EqxMoeError
@@ -59,9 +59,20 @@ def adamw(
         end_value=learning_rate / 10,
     )
     return optax.chain(
-        optax.clip_by_global_norm(clip),
+        _clip_by_global_norm(clip),
         optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=are_matrices),
     )
+
+
+def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """As that of optax, but by one factor for all: it divides, multiplies and chooses for each number, which takes half
+    of the update's time on CPU."""
+
+    def update(grads: PyTree, state: optax.EmptyState, params: PyTree | None = None):
+        factor = jnp.minimum(1, limit / optax.global_norm(grads))
+        return jax.tree.map(lambda grad: grad * factor.astype(grad.dtype), grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def are_matrices(params: PyTree) -> PyTree[bool]:
@@ -123,9 +134,13 @@ def update(
     params, rest = eqx.partition(model, eqx.is_inexact_array)
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-    updates, new_state = optimizer.update(grads, opt_state, params)
-    new_params = optax.apply_updates(params, updates)
-    new_params, new_state = _choose(finite, (new_params, new_state), (params, opt_state))
+
+    def updated():
+        updates, new_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), new_state
+
+    # A conditional, not a choice for each number: that takes three times as long on CPU, and copies of some weights.
+    new_params, new_state = jax.lax.cond(finite, updated, lambda: (params, opt_state))
     metrics = metrics | {"grad_norm": grad_norm, "finite": finite}
     if model.mesh is not None:
         plan = plan_sharding(model, model.mesh)
@@ -133,10 +148,6 @@ def update(
             jax.lax.with_sharding_constraint(tree, like_weights(tree, plan)) for tree in (new_params, new_state)
         )
     return eqx.combine(new_params, rest), new_state, replicate(metrics, model.mesh)
-
-
-def _choose(condition: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 def fit(

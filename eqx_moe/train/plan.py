@@ -30,7 +30,10 @@ from eqx_moe.sharding import (
 # the while: what XLA's CPU back end makes of the step (jax 0.10.2), rounded. tests/test_train_plan.py compares.
 # Experts have a row for each pair (token, expert) that an expert of the device may take; what comes of them is put back
 # in the place of all pairs of the tokens.
-_WEIGHTS, _VOCAB, _ATTENTION_ROWS, _FFN_ROWS, _HIDDEN_ROWS, _EXPERT_ROWS, _COMBINED_ROWS = 2.5, 3, 1, 4.5, 5, 3.5, 2
+_WEIGHTS, _VOCAB, _ATTENTION_ROWS, _FFN_ROWS, _HIDDEN_ROWS, _EXPERT_ROWS, _COMBINED_ROWS = 2.25, 3, 1, 4.5, 5, 3.5, 2
+
+# The part of all weights that is there once more, laid out to be gathered, or to be written anew.
+_COPIED = 0.4
 
 # Hidden states beside these where layers are split over `tensor`: each product has its own gradient for what it reads.
 _PARTIAL_SUMS = 8
@@ -41,7 +44,7 @@ class StepPlan:
     """Bytes of a training step on one device; `str` gives them as a table. See `plan_step`.
 
     `weights`, `optimizer` and `batch` are there between steps, and exact. The others are estimates of what a step takes
-    beside them: `gradients`; `copies` (XLA holds the weights a second time, laid out to be gathered); `kept`, what the
+    beside them: `gradients`; `copies` (XLA holds some weights a second time, laid out to be gathered); `kept`, what the
     forward pass leaves for the backward pass; `working`, what one layer, the embedding and the head take at once.
     `sent` are the bytes that a device sends in a step, by purpose, with collectives that go around a ring.
     """
@@ -130,7 +133,7 @@ def plan_step(
         # Tokens, segments and labels.
         batch=3 * step.tokens * 4,
         gradients=sharding.bytes_per_device,
-        copies=sharding.bytes_per_device,
+        copies=int(_COPIED * sharding.bytes_per_device),
         # What is not computed again stays, all of it.
         kept=sum(layer.kept for layer in layers) + sum(map(_working, once)),
         working=max(map(_working, again), default=0) + _VOCAB * max(weight.gathered for weight in vocabulary),
@@ -233,6 +236,9 @@ class _Step:
             experts, ffn, hidden = self.shape(gate)[0], self.shape(gate)[1], self.width
             pairs = together * min(k, experts)
             working += _EXPERT_ROWS * self.rows(ffn, pairs) + _COMBINED_ROWS * self.rows(hidden, together * k)
+            if block.moe.experts.gate_bias is not None:
+                # Each pair's bias of each of the three maps.
+                working += self.rows(2 * ffn + hidden, pairs)
             # What the experts give, and the gradient of what they read, as one.
             added += 2 * self.hidden if TENSOR in self.sharding[gate].spec else 0
             # What the experts gave, and the router's logits, which are float32.

@@ -2,7 +2,8 @@
 
 After Goto and van de Geijn 2008 ("Anatomy of high-performance matrix multiplication"), less the packing of A, which is
 read where it lies. Forward A is an expert's matrix: it sees a hundred rows or so, and packing it for these would cost
-more than it brings.
+more than it brings. For gradients its columns are copied to lie near each other. A few rows are multiplied by dot
+products, at the speed at which memory gives the matrix.
 """
 
 from typing import no_type_check
@@ -35,17 +36,18 @@ _PANELS = 128 // WIDE
 # Of a sum, so much at once: a panel of B takes 16 KiB.
 _DEPTH = 4096 // WIDE
 
-# Where rows of A come from memory, they are read in long runs and kept near for all panels of B.
+# Where rows of A come from memory, they are read in longer runs, and stay near for all panels of B.
 _DEEP, _COLUMNS = 256, 3 * WIDE
 
-_LINES_AHEAD = 4
-_ROWS_AHEAD = 16
+# What memory is asked for before it is needed: cache lines of the next rows of A, and rows of what is copied.
+_LINES_AHEAD, _ROWS_AHEAD = 4, 16
 
-#: Rows whose sums wait in a block of their own.
-BLOCK = 384
+#: Rows of A whose sums wait in a block of their own; and those that are copied to lie near.
+BLOCK, NEAR_ROWS = 384, 96
 
+# All of these together have to fit a thread's stack: 512 KiB on macOS.
 _PANELS_BYTES = 4 * _PANELS * _DEPTH * WIDE
-_NEAR_BYTES = (4 * BLOCK + 64) * _DEPTH
+_NEAR_BYTES = (4 * NEAR_ROWS + 64) * _DEPTH
 _TURNED_BYTES = 4 * _COLUMNS * _DEEP
 _SUMS_BYTES = 4 * BLOCK * _COLUMNS
 _TILE_BYTES = 4 * WIDE_ROWS * WIDE
@@ -70,7 +72,7 @@ def _pack(b, b_row, columns, depth, panels):
 @no_type_check
 @njit(nogil=True)
 def _gather(a, a_depth, rows, depth, near):
-    """`near[k, m] = A[m, k]` where a row of A is 4 bytes from the next; gives the distance from k to k + 1.
+    """`near[k, m] = A[m, k]`, whose rows are 4 bytes from each other; gives the distance from k to k + 1.
 
     That is an odd number of cache lines: at a multiple of many, all would compete for a few places of the cache.
     """
@@ -92,13 +94,14 @@ def multiply(a, a_row, a_depth, rows, b, b_row, columns, depth, c, c_row):
     """`C[m, n] = sum over k of A[m, k] B[k, n]`, all of them float32, sums too.
 
     `A[m, k]` stands at `a + m * a_row + k * a_depth`, `B[k, n]` at `b + k * b_row + 4 * n` and `C[m, n]` at
-    `c + m * c_row + 4 * n`.
+    `c + m * c_row + 4 * n`. Where rows of A lie nearer to each other than columns, `a_row` is 4, and there are at most
+    `NEAR_ROWS`.
     """
     panels, tile, near = on_stack(_PANELS_BYTES), on_stack(_TILE_BYTES), on_stack(_NEAR_BYTES)
     for k in range(0, depth, _DEPTH):
         deep = min(_DEPTH, depth - k)
         left, left_depth = a + k * a_depth, a_depth
-        if a_row == 4:
+        if a_row < a_depth:
             left_depth = _gather(left, a_depth, rows, deep, near)
             left = near
         for n in range(0, columns, _PANELS * WIDE):

@@ -9,7 +9,7 @@ from typing import no_type_check
 from numba import njit
 
 from eqx_moe.compiled import c_function
-from eqx_moe.kernels.cpu.gemm import BLOCK, multiply, multiply_turned
+from eqx_moe.kernels.cpu.gemm import BLOCK, NEAR_ROWS, multiply, multiply_turned
 from eqx_moe.kernels.cpu.instructions import (
     call,
     call_task,
@@ -66,7 +66,8 @@ def _cut(job, size):
     features = word_at(job + _INNER) if kind == TRANSPOSED else word_at(job + _OUTER)
     share = word_at(job + _SHARE)
     row_blocks = 1 if kind == WEIGHT_GRADIENT else -(-size // _ROW_BLOCK)
-    blocks = max(1, min(-(-size // share), features // _FEATURES), -(-features // BLOCK))
+    most = NEAR_ROWS if kind == WEIGHT_GRADIENT else BLOCK
+    blocks = max(1, min(-(-size // share), features // _FEATURES), -(-features // most))
     block = -(-features // (blocks * _FEATURES)) * _FEATURES
     return row_blocks, -(-features // block), block
 

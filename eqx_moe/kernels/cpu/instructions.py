@@ -114,7 +114,7 @@ def _dots(rows: int, columns: int):
     @no_type_check
     @intrinsic
     def dots(typing_context, a, a_row, a_last, b, b_row, b_last, depth, c, c_row):
-        """`C[n, m] = sum over k of A[m, k] B[n, k]`, vectors along k. Rows past the last ones are those, as in `tile`."""
+        """`C[n, m] = sum over k of A[m, k] B[n, k]`, vectors along k; rows past the last are those, as in `tile`."""
 
         def codegen(context, builder, signature, arguments):
             a, a_row, a_last, b, b_row, b_last, depth, c, c_row = arguments
@@ -136,7 +136,9 @@ def _dots(rows: int, columns: int):
                 result = []
                 for j, other in enumerate(others):
                     right = load(other)
-                    result.append([builder.call(multiply_add, [each, right, sums[j][i]]) for i, each in enumerate(left)])
+                    result.append(
+                        [builder.call(multiply_add, [each, right, sums[j][i]]) for i, each in enumerate(left)]
+                    )
                 return result
 
             before = builder.block
