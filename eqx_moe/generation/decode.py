@@ -57,10 +57,10 @@ def generate(
     """
     rows = _checked(model, prompts, max_new_tokens)
     model = gathered_along_data(unstack(model))
-    cache, tokens, segments = _prepare(model, rows, max_new_tokens)
+    prompt = _prepare(model, rows, max_new_tokens)
     given = Sampling(temperature, top_k, top_p), _row_keys(seed, len(rows)), _eos(model, eos_ids)
     sampling, keys, eos, limit = put((*given, jnp.asarray(max_new_tokens)), model.mesh)
-    new, counts = _generate(model, cache, tokens, segments, sampling, keys, eos, limit)
+    new, counts = _generate(model, prompt, _bucket(max_new_tokens), sampling, keys, eos, limit)
     new, counts = np.asarray(new), np.asarray(counts)
     return [new[r, : counts[r]].tolist() for r in range(len(rows))]
 
@@ -86,8 +86,8 @@ def stream(
 
     def ids() -> Iterator[int]:
         whole = gathered_along_data(unstack(model))
-        cache, tokens, segments = _prepare(whole, rows, max_new_tokens)
-        cache, token = _prefill(whole, cache, tokens, segments, sampling, keys)
+        prompt = _prepare(whole, rows, max_new_tokens)
+        cache, token = _prefill(whole, prompt, _bucket(max_new_tokens), sampling, keys)
         for step in range(1, max_new_tokens + 1):
             yield (last := int(token[0]))
             if last in ends or step == max_new_tokens:
@@ -143,18 +143,23 @@ def _bucket(length: int) -> int:
     return power
 
 
-def _prepare(model: Decoder, rows: list[np.ndarray], max_new_tokens: int):
-    """Prompts padded on the left, their segments, and an empty cache that knows how long each row will be."""
+class _Prompt(eqx.Module):
+    """Prompts padded on the left, their segments, and how long each row will be with all that is new."""
+
+    tokens: Int[Array, "batch seq"]
+    segments: Int[Array, "batch seq"]
+    lengths: Int[Array, " batch"]
+
+
+def _prepare(model: Decoder, rows: list[np.ndarray], max_new_tokens: int) -> _Prompt:
     width = _bucket(max(row.size for row in rows))
     tokens = np.zeros((len(rows), width), np.int32)
     segments = np.zeros((len(rows), width), np.int32)
     for r, row in enumerate(rows):
         tokens[r, width - row.size :] = row
         segments[r, width - row.size :] = 1
-    cache = model.init_cache(len(rows), width + _bucket(max_new_tokens))
-    lengths = jnp.asarray([row.size + max_new_tokens for row in rows], jnp.int32)
-    lengths, tokens, segments = put((lengths, jnp.asarray(tokens), jnp.asarray(segments)), model.mesh, rows=True)
-    return eqx.tree_at(lambda c: c.lengths, cache, lengths), tokens, segments
+    lengths = np.asarray([row.size + max_new_tokens for row in rows], np.int32)
+    return put(_Prompt(*map(jnp.asarray, (tokens, segments, lengths))), model.mesh, rows=True)
 
 
 def _row_keys(seed: int, rows: int) -> Key[Array, " batch"]:
@@ -182,9 +187,14 @@ def _next(model: Decoder, cache: Cache, tokens, segments, step, sampling: Sampli
     return out.cache, replicate(token.astype(jnp.int32), model.mesh)
 
 
-@eqx.filter_jit
-def _prefill(model, cache, tokens, segments, sampling, keys):
-    return _next(model, cache, tokens, segments, 0, sampling, keys)
+def _begin(model: Decoder, prompt: _Prompt, room: int, sampling: Sampling, keys):
+    """The first new token, and a cache with the prompts in it and room for so many more places."""
+    cache = model.init_cache(prompt.tokens.shape[0], prompt.tokens.shape[1] + room)
+    cache = eqx.tree_at(lambda c: c.lengths, cache, prompt.lengths)
+    return _next(model, cache, prompt.tokens, prompt.segments, 0, sampling, keys)
+
+
+_prefill = eqx.filter_jit(_begin)
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -197,18 +207,17 @@ def _advance(kept, cache, token, step):
 @eqx.filter_jit
 def _generate(
     model: Decoder,
-    cache: Cache,
-    tokens: Int[Array, "batch seq"],
-    segments: Int[Array, "batch seq"],
+    prompt: _Prompt,
+    room: int,
     sampling: Sampling,
     keys: Key[Array, " batch"],
     eos: Int[Array, " ids"],
     limit: Int[Array, ""],
 ) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
     """All new tokens, and how many of them count in each row. `limit` is traced: it compiles nothing anew."""
-    cache, token = _next(model, cache, tokens, segments, 0, sampling, keys)
-    batch = tokens.shape[0]
-    new = jnp.zeros((batch, cache.length - tokens.shape[1]), jnp.int32).at[:, 0].set(token)
+    cache, token = _begin(model, prompt, room, sampling, keys)
+    batch = token.shape[0]
+    new = jnp.zeros((batch, room), jnp.int32).at[:, 0].set(token)
 
     def ended(token: Int[Array, " batch"]) -> Bool[Array, " batch"]:
         return jnp.any(token[:, None] == eos, axis=1)
