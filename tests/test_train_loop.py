@@ -109,6 +109,24 @@ def test_a_loss_that_is_not_finite_changes_nothing(rows, optimizer, step):
     assert_equal((model, state), kept)
 
 
+@pytest.mark.parametrize("scale", [0, 0.01, 100])
+def test_gradients_are_clipped_as_optax_clips_them(scale):
+    random = np.random.default_rng(0)
+    params = {"a": random.normal(size=(3, 5)), "b": random.normal(size=7)}
+    grads = jax.tree.map(lambda leaf: jnp.asarray(scale * random.normal(size=leaf.shape), jnp.float32), params)
+    decay = dict(b1=0.9, b2=0.95, weight_decay=0.1, mask=train.are_matrices)
+    schedule = optax.warmup_cosine_decay_schedule(0.02 / 2, 0.02, 1, 20, 0.02 / 10)
+    theirs = optax.chain(optax.clip_by_global_norm(0.7), optax.adamw(schedule, **decay))
+    ours = train.adamw(0.02, 20, warmup=1, clip=0.7)
+    # The sum of moments after a gradient that is clipped and one that is not tells their sizes apart.
+    found, expected = ours.init(params), theirs.init(params)
+    for factor in (1, 0.003):
+        given = jax.tree.map(lambda leaf, factor=factor: factor * leaf, grads)
+        update, found = ours.update(given, found, params)
+        other, expected = theirs.update(given, expected, params)
+        assert eqx.tree_equal(update, other, rtol=1e-5, atol=1e-7)
+
+
 def test_fit_stops_at_the_step_that_diverged(rows):
     good = train.batches(rows, 2)
     given = itertools.chain([next(good), next(good), bad_batch(next(good))], good)

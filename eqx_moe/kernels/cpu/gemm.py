@@ -24,6 +24,7 @@ from eqx_moe.kernels.cpu.instructions import (
     move,
     move1,
     narrow_tile,
+    near_tile,
     on_stack,
     prefetch,
     transpose8,
@@ -39,8 +40,8 @@ _DEPTH = 4096 // WIDE
 # Where rows of A come from memory, they are read in longer runs, and stay near for all panels of B.
 _DEEP, _COLUMNS = 256, 3 * WIDE
 
-# What memory is asked for before it is needed: cache lines of the next rows of A, and rows of what is copied.
-_LINES_AHEAD, _ROWS_AHEAD = 4, 16
+# How far ahead of its copying a row is asked for.
+_ROWS_AHEAD = 16
 
 #: Rows of A whose sums wait in a block of their own; and those that are copied to lie near.
 BLOCK, NEAR_ROWS = 384, 96
@@ -111,10 +112,10 @@ def multiply(a, a_row, a_depth, rows, b, b_row, columns, depth, c, c_row):
                 here, there = left + m * a_row, c + m * c_row + 4 * n
                 last = min(WIDE_ROWS, rows - m) - 1
                 for p in range(0, used - WIDE + 1, WIDE):
-                    wide_tile(here, a_row, left_depth, panels + 4 * p * deep, there + 4 * p, c_row, last, deep, k)
+                    near_tile(here, a_row, left_depth, panels + 4 * p * deep, there + 4 * p, c_row, last, deep, k)
                 p = used - used % WIDE
                 if p < used:
-                    wide_tile(here, a_row, left_depth, panels + 4 * p * deep, tile, 4 * WIDE, last, deep, 0)
+                    near_tile(here, a_row, left_depth, panels + 4 * p * deep, tile, 4 * WIDE, last, deep, 0)
                     for i in range(last + 1):
                         for j in range(used - p):
                             if k == 0:
@@ -185,10 +186,6 @@ def multiply_turned(a, a_row, rows, b, b_row, columns, depth, c, c_row):
             for m in range(0, rows, WIDE_ROWS):
                 last = min(WIDE_ROWS, rows - m) - 1
                 here = a + m * a_row + 4 * k
-                for i in range(WIDE_ROWS):
-                    ahead = here + (WIDE_ROWS + i) * a_row
-                    for line in range(_LINES_AHEAD):
-                        prefetch(ahead + 64 * line)
                 for p in range(0, wide, WIDE):
                     there = sums + 4 * (p * BLOCK + m * WIDE)
                     wide_tile(here, a_row, 4, panels + 4 * p * deep, there, 4 * WIDE, last, deep, k)

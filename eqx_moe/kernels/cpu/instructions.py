@@ -43,7 +43,13 @@ def _clamped(builder, last, count: int):
     return [builder.select(builder.icmp_signed("<", _WORD(i), last), _WORD(i), last) for i in range(count)]
 
 
-def _tile(rows: int, columns: int):
+def _prefetch(builder):
+    """The instruction that asks for a cache line."""
+    kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT])
+    return cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+
+
+def _tile(rows: int, columns: int, ahead: bool):
     @no_type_check
     @intrinsic
     def tile(typing_context, a, a_row, a_depth, b, c, c_row, last, depth, add):
@@ -69,6 +75,11 @@ def _tile(rows: int, columns: int):
             builder.position_at_end(loop)
             k, offset, here = (builder.phi(_WORD) for _ in range(3))
             sums = [[builder.phi(vector) for _ in vectors] for _ in range(rows)]
+            if ahead:
+                # A cache line of 16 rows in turn, of those after these: they come while this is computed.
+                row = builder.mul(builder.add(_WORD(rows), builder.and_(k, _WORD(15))), a_row)
+                place = builder.add(builder.add(a, row), builder.mul(builder.lshr(k, _WORD(4)), _WORD(64)))
+                builder.call(_prefetch(builder), [_pointer(builder, place, _BYTE), _INT(0), _INT(3), _INT(1)])
             line = [builder.load(_vector(builder, here, v), align=4) for v in vectors]
             totals = []
             for start, row in zip(starts, sums, strict=True):
@@ -106,8 +117,12 @@ def _tile(rows: int, columns: int):
     return tile
 
 
-wide_tile = _tile(WIDE_ROWS, WIDE)
-narrow_tile = _tile(WIDE_ROWS, NARROW)
+#: Of the last two, A lies row by row, and the next rows are asked for.
+near_tile, wide_tile, narrow_tile = (
+    _tile(WIDE_ROWS, WIDE, False),
+    _tile(WIDE_ROWS, WIDE, True),
+    _tile(WIDE_ROWS, NARROW, True),
+)
 
 
 def _dots(rows: int, columns: int):
@@ -126,6 +141,7 @@ def _dots(rows: int, columns: int):
             kind = ir.FunctionType(vector, [vector.as_pointer(), _INT, bits, vector])
             name = f"llvm.masked.load.v{LANES}f32.p0v{LANES}f32"
             masked_load = cgutils.get_or_insert_function(builder.module, kind, name)
+            fetch = _prefetch(builder)
             m, n = _clamped(builder, a_last, rows), _clamped(builder, b_last, columns)
             lines = [builder.add(a, builder.mul(i, a_row)) for i in m]
             others = [builder.add(b, builder.mul(j, b_row)) for j in n]
@@ -150,6 +166,9 @@ def _dots(rows: int, columns: int):
             builder.cbranch(builder.icmp_signed("<", k, full), loop, done)
             builder.position_at_end(loop)
             at = builder.mul(k, _WORD(4))
+            for line in lines:
+                ahead = builder.add(line, builder.add(at, builder.mul(a_row, _WORD(rows))))
+                builder.call(fetch, [_pointer(builder, ahead, _BYTE), _INT(0), _INT(3), _INT(1)])
             totals = added(sums, lambda line: builder.load(_pointer(builder, builder.add(line, at), vector), align=4))
             k.add_incoming(_WORD(0), before)
             k.add_incoming(builder.add(k, _WORD(LANES)), loop)
@@ -265,10 +284,7 @@ def prefetch(typing_context, address):
     """Ask for the cache line at an address, which will be read soon; the address may be anywhere."""
 
     def codegen(context, builder, signature, arguments):
-        byte = _BYTE.as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, _INT, _INT, _INT])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        builder.call(function, [_pointer(builder, arguments[0], _BYTE), _INT(0), _INT(3), _INT(1)])
+        builder.call(_prefetch(builder), [_pointer(builder, arguments[0], _BYTE), _INT(0), _INT(3), _INT(1)])
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
