@@ -118,13 +118,13 @@ def test_gradients_are_clipped_as_optax_clips_them(scale):
     schedule = optax.warmup_cosine_decay_schedule(0.02 / 2, 0.02, 1, 20, 0.02 / 10)
     theirs = optax.chain(optax.clip_by_global_norm(0.7), optax.adamw(schedule, **decay))
     ours = train.adamw(0.02, 20, warmup=1, clip=0.7)
-    # The sum of moments after a gradient that is clipped and one that is not tells their sizes apart.
     found, expected = ours.init(params), theirs.init(params)
     for factor in (1, 0.003):
         given = jax.tree.map(lambda leaf, factor=factor: factor * leaf, grads)
         update, found = ours.update(given, found, params)
         other, expected = theirs.update(given, expected, params)
-        assert eqx.tree_equal(update, other, rtol=1e-5, atol=1e-7)
+        # The update hardly depends on how large a gradient is; the moments do.
+        assert eqx.tree_equal((update, found), (other, expected), rtol=1e-5, atol=1e-9)
 
 
 def test_fit_stops_at_the_step_that_diverged(rows):
