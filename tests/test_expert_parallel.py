@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import functools
 import re
-from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -319,7 +318,9 @@ def test_names_of_methods_and_their_options():
 class Passes(AbstractExecution):
     """Stands in for an execution that drops every pair and passes the block's input on instead; needs whole rows."""
 
-    by_row: ClassVar[bool] = True
+    @property
+    def by_row(self):
+        return True
 
     def __call__(self, x, routing, experts, mask):
         assert routing.num_experts == EXPERTS
@@ -346,6 +347,10 @@ def test_an_inner_execution_that_drops_and_looks_at_whole_rows(shape, tokens):
 @dataclasses.dataclass(frozen=True)
 class PassesRows(AbstractExecution):
     """Stands in for an execution that drops all that it is told is no padding, and passes it on instead."""
+
+    @property
+    def by_row(self):
+        return False
 
     def __call__(self, x, routing, experts, mask):
         return jnp.where(mask[..., None], x, jnp.nan) / routing.shares, jnp.sum(mask, dtype=jnp.int32)

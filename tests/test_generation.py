@@ -77,7 +77,7 @@ def test_arrays_of_prompts(model, greedy):
 
 @pytest.mark.parametrize("case", [MIXTRAL[3], LLAMA[0], DEEPSEEK_V3[0]], ids=str)
 def test_the_last_place_alone_is_that_of_all(case):
-    """Its hidden state, the whole cache, what the routers decided there; and the last layer computes no other."""
+    """Its hidden state, the whole cache, what the routers decided there; and less is computed."""
     model, tokens = draw(case.parsed), jnp.asarray([[3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8, 2, 8, 1]])
     segments = jnp.ones_like(tokens).at[0, :3].set(0)
 
@@ -113,6 +113,14 @@ def test_the_last_place_alone_competes_for_experts_as_among_all():
     assert not dropless.by_row
     assert dataclasses.replace(dropless, inner=Capacity()).by_row
     assert dataclasses.replace(dropless, method="all_to_all", factor=1.5).by_row
+
+
+@pytest.mark.parametrize("segments", [None, jnp.ones((1, 5), int)], ids=["one segment", "segments"])
+def test_rotary_tables_are_computed_once(segments):
+    """And not in every product with them, for every head of every layer."""
+    model, tokens = draw(LLAMA[0].parsed), jnp.asarray([[3, 1, 4, 1, 5]])
+    compiled = eqx.filter_jit(lambda model, segments: model(tokens, None, segments)).lower(model, segments).compile()
+    assert compiled.compiled.as_text().count(" cosine(") == 1 < model.depth
 
 
 def test_few_shapes_compile(model, monkeypatch):

@@ -74,9 +74,9 @@ class AbstractExecution(abc.ABC):
     """A way to run the experts. Final subclasses are frozen dataclasses of their options, without arrays."""
 
     @property
+    @abc.abstractmethod
     def by_row(self) -> bool:
-        """Whether what a token gets depends on the other tokens of its row: a row then has to stay in one piece."""
-        return False
+        """Whether what a token gets depends on other tokens: rows then have to stay in one piece."""
 
     @abc.abstractmethod
     def __call__(

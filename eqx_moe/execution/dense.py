@@ -21,6 +21,10 @@ class Dense(AbstractExecution):
     Slow: the definition that every other execution is tested against. Drops nothing.
     """
 
+    @property
+    def by_row(self) -> bool:
+        return False
+
     def __call__(
         self,
         x: Float[Array, "batch seq hidden"],

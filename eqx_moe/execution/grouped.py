@@ -16,6 +16,10 @@ class Grouped(AbstractExecution):
     MegaBlocks (Gale et al. 2022) describes the dropless formulation; here the blocks are visited in a loop.
     """
 
+    @property
+    def by_row(self) -> bool:
+        return False
+
     def __call__(
         self,
         x: Float[Array, "batch seq hidden"],

@@ -123,7 +123,8 @@ class Attention(eqx.Module):
 
     def init_cache(self, batch: int, length: int, dtype: DTypeLike, mesh: Mesh | None) -> LayerCache:
         shape = (batch, self.kv_heads, length, self.head_dim)
-        return LayerCache(empty(shape, dtype, mesh), empty(shape, dtype, mesh))
+        place = heads_sharding(mesh, batch, self.kv_heads)
+        return LayerCache(empty(shape, dtype, place), empty(shape, dtype, place))
 
     def __call__(
         self,

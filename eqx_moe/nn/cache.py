@@ -6,11 +6,12 @@ from typing import TypeVar
 import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from eqx_moe.sharding import heads_sharding, put
+from eqx_moe.sharding import put
 
 
 class LayerCache(eqx.Module):
@@ -68,9 +69,10 @@ def _write(cache: Some, write: Callable[[Some], Some], fits: Bool[Array, ""]) ->
     return lax.platform_dependent(cache, cpu=write_apart, default=write)
 
 
-def empty(shape: tuple[int, int, int, int], dtype: DTypeLike, mesh: Mesh | None) -> Float[Array, "..."]:
-    """Zeros for the keys or values of a layer, [batch, kv_heads, length, head_dim], where they go on a mesh."""
-    return jnp.zeros(shape, dtype, device=heads_sharding(mesh, *shape[:2]))
+def empty(shape: tuple[int, ...], dtype: DTypeLike, sharding: NamedSharding | None) -> Float[Array, "..."]:
+    """Zeros that lie as `sharding` says, in a program too, where `jnp.zeros` takes no notice of it."""
+    zeros = jnp.zeros(shape, dtype, device=sharding)
+    return lax.with_sharding_constraint(zeros, sharding) if sharding and isinstance(zeros, Tracer) else zeros
 
 
 class Cache(eqx.Module):

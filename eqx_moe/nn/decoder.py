@@ -88,7 +88,8 @@ class Decoder(eqx.Module):
                 error if they do not fit; under jit the hidden states are then NaN.
             key: given in training only; the router's jitter draws from it.
             last_only: give `hidden` and `router` for the last place of each row alone, [*batch, 1, ...]: all that the
-                prefill of a prompt needs, and less work in the last layer. Drops are still those of all places.
+                prefill of a prompt needs, and less work in the last layer. Drops, in `stats` too, are those of all
+                places.
         """
         if tokens.size == 0:
             raise ValueError(f"`tokens` must hold at least one token; got an array of shape {tokens.shape}.")
@@ -110,7 +111,7 @@ class Decoder(eqx.Module):
         rows, default_positions, lengths = _rows(tokens, segment_ids, cache, self.mesh)
         positions = default_positions if positions is None else positions.reshape(tokens.shape)
 
-        tables = {rope: _computed_once(rope.tables, positions, lengths) for rope in self._ropes()}
+        tables = {rope: _tables(rope, positions, lengths) for rope in self._ropes()}
         x = split_rows(gather_weights(self.embed, self.mesh, at="embed")(tokens), self.mesh)
         keys = None if key is None else jax.random.split(key, self.depth)
         caches: list[AnyCache | None]
@@ -232,15 +233,18 @@ def _rows(tokens, segment_ids, cache: Cache | None, mesh: Mesh | None):
     return rows, positions + jnp.sum(same, axis=-1), cache.lengths[:, None]
 
 
-def _computed_once(tables, positions, lengths):
-    """Tables of cosines and sines, which XLA's CPU back end otherwise fuses into each product with them: it computes
-    them anew for every head of every layer. It fuses nothing into a conditional; whose other branch is never taken."""
+@functools.partial(jax.jit, static_argnums=0)
+def _tables(rope: AbstractRope, positions, lengths):
+    """The rope's tables. XLA's CPU back end otherwise fuses the cosines and sines into each product with them, and
+    computes them anew for every head of every layer. It fuses nothing into a conditional, if it cannot tell that the
+    other branch is never taken."""
 
     def apart(positions, lengths):
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(tables, positions, lengths))
-        return jax.lax.cond(jnp.max(lengths) > 0, tables, lambda *_: zeros, positions, lengths)
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(rope.tables, positions, lengths))
+        some = jnp.max(jax.lax.optimization_barrier(lengths)) > 0
+        return jax.lax.cond(some, rope.tables, lambda *_: zeros, positions, lengths)
 
-    return jax.lax.platform_dependent(positions, lengths, cpu=apart, default=tables)
+    return jax.lax.platform_dependent(positions, lengths, cpu=apart, default=rope.tables)
 
 
 def _refuse_bad_ids(tokens, vocab: int) -> None:

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from eqx_moe.nn.attention import Rows
-from eqx_moe.nn.cache import AnyCache, LatentCache
+from eqx_moe.nn.cache import AnyCache, LatentCache, empty
 from eqx_moe.nn.linear import Linear
 from eqx_moe.nn.norm import RMSNorm
 from eqx_moe.nn.rope import AbstractRope, rotate
@@ -92,7 +92,7 @@ class MLA(eqx.Module):
 
     def init_cache(self, batch: int, length: int, dtype: DTypeLike, mesh: Mesh | None) -> LatentCache:
         place = None if mesh is None else rows_sharding(mesh, batch)
-        return LatentCache(jnp.zeros((batch, length, self.kv_a.weight.shape[-2]), dtype, device=place))
+        return LatentCache(empty((batch, length, self.kv_a.weight.shape[-2]), dtype, place))
 
     def __call__(
         self,

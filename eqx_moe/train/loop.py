@@ -65,8 +65,8 @@ def adamw(
 
 
 def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """As that of optax, but by one factor for all: it divides, multiplies and chooses for each number, which takes half
-    of the update's time on CPU."""
+    """As that of optax, but by one factor for all. Optax divides, multiplies and chooses for each number, which takes
+    half of the update's time on CPU."""
 
     def clipped(grads: PyTree, params: PyTree | None) -> PyTree:
         factor = jnp.minimum(1, limit / optax.global_norm(grads))
@@ -140,6 +140,7 @@ def update(
         return optax.apply_updates(params, updates), new_state
 
     # A conditional, not a choice for each number: that takes three times as long on CPU, and copies of some weights.
+    # Where the host decides it waits once a step, for what `fit` and most loops read anyway.
     new_params, new_state = jax.lax.cond(finite, updated, lambda: (params, opt_state))
     metrics = metrics | {"grad_norm": grad_norm, "finite": finite}
     if model.mesh is not None:

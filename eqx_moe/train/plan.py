@@ -32,7 +32,7 @@ from eqx_moe.sharding import (
 # in the place of all pairs of the tokens.
 _WEIGHTS, _VOCAB, _ATTENTION_ROWS, _FFN_ROWS, _HIDDEN_ROWS, _EXPERT_ROWS, _COMBINED_ROWS = 2.25, 3, 1, 4.5, 5, 3.5, 2
 
-# The part of all weights that is there once more, laid out to be gathered, or to be written anew.
+# The part of all weights that is there once more, laid out to be gathered or about to be updated.
 _COPIED = 0.4
 
 # Hidden states beside these where layers are split over `tensor`: each product has its own gradient for what it reads.
@@ -44,7 +44,7 @@ class StepPlan:
     """Bytes of a training step on one device; `str` gives them as a table. See `plan_step`.
 
     `weights`, `optimizer` and `batch` are there between steps, and exact. The others are estimates of what a step takes
-    beside them: `gradients`; `copies` (XLA holds some weights a second time, laid out to be gathered); `kept`, what the
+    beside them: `gradients`; `copies` (XLA holds some weights twice, to gather or to update them); `kept`, what the
     forward pass leaves for the backward pass; `working`, what one layer, the embedding and the head take at once.
     `sent` are the bytes that a device sends in a step, by purpose, with collectives that go around a ring.
     """
@@ -77,7 +77,7 @@ class StepPlan:
             "optimizer state": self.optimizer,
             "batch": self.batch,
             "gradients (estimated, as all below)": self.gradients,
-            "weights laid out for gathering": self.copies,
+            "copies of weights": self.copies,
             "activations kept for the backward pass": self.kept,
             "activations and weights at work": self.working,
             "all": self.arguments + self.temporaries,

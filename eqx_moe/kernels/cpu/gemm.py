@@ -2,8 +2,8 @@
 
 After Goto and van de Geijn 2008 ("Anatomy of high-performance matrix multiplication"), less the packing of A, which is
 read where it lies. Forward A is an expert's matrix: it sees a hundred rows or so, and packing it for these would cost
-more than it brings. For gradients its columns are copied to lie near each other. A few rows are multiplied by dot
-products, at the speed at which memory gives the matrix.
+more than it brings. For gradients its columns are copied to lie near each other. Up to four rows are multiplied by dot
+products, with which a matrix is read about as fast as memory gives it.
 """
 
 from typing import no_type_check
@@ -16,8 +16,8 @@ from eqx_moe.kernels.cpu.instructions import (
     FEW,
     LANES,
     NARROW,
+    TILE_ROWS,
     WIDE,
-    WIDE_ROWS,
     add1,
     dot,
     dots,
@@ -37,7 +37,7 @@ _PANELS = 128 // WIDE
 # Of a sum, so much at once: a panel of B takes 16 KiB.
 _DEPTH = 4096 // WIDE
 
-# Where rows of A come from memory, they are read in longer runs, and stay near for all panels of B.
+# Where rows of A come from memory, they are read in runs of 1 KiB, and stay near for all panels of B.
 _DEEP, _COLUMNS = 256, 3 * WIDE
 
 # How far ahead of its copying a row is asked for.
@@ -51,7 +51,7 @@ _PANELS_BYTES = 4 * _PANELS * _DEPTH * WIDE
 _NEAR_BYTES = (4 * NEAR_ROWS + 64) * _DEPTH
 _TURNED_BYTES = 4 * _COLUMNS * _DEEP
 _SUMS_BYTES = 4 * BLOCK * _COLUMNS
-_TILE_BYTES = 4 * WIDE_ROWS * WIDE
+_TILE_BYTES = 4 * TILE_ROWS * WIDE
 
 
 @no_type_check
@@ -108,9 +108,9 @@ def multiply(a, a_row, a_depth, rows, b, b_row, columns, depth, c, c_row):
         for n in range(0, columns, _PANELS * WIDE):
             used = min(_PANELS * WIDE, columns - n)
             _pack(b + k * b_row + 4 * n, b_row, used, deep, panels)
-            for m in range(0, rows, WIDE_ROWS):
+            for m in range(0, rows, TILE_ROWS):
                 here, there = left + m * a_row, c + m * c_row + 4 * n
-                last = min(WIDE_ROWS, rows - m) - 1
+                last = min(TILE_ROWS, rows - m) - 1
                 for p in range(0, used - WIDE + 1, WIDE):
                     near_tile(here, a_row, left_depth, panels + 4 * p * deep, there + 4 * p, c_row, last, deep, k)
                 p = used - used % WIDE
@@ -183,8 +183,8 @@ def multiply_turned(a, a_row, rows, b, b_row, columns, depth, c, c_row):
                 _pack_turned(here + p * b_row, b_row, min(WIDE, used - p), deep, WIDE, panels + 4 * p * deep)
             if wide < used:
                 _pack_turned(here + wide * b_row, b_row, used - wide, deep, NARROW, panels + 4 * wide * deep)
-            for m in range(0, rows, WIDE_ROWS):
-                last = min(WIDE_ROWS, rows - m) - 1
+            for m in range(0, rows, TILE_ROWS):
+                last = min(TILE_ROWS, rows - m) - 1
                 here = a + m * a_row + 4 * k
                 for p in range(0, wide, WIDE):
                     there = sums + 4 * (p * BLOCK + m * WIDE)

@@ -44,6 +44,7 @@ _JOB_BYTES = 104
 
 # Rows that an item takes at most. Features are shared out in multiples of so many, so that packing stays little.
 _ROW_BLOCK, _FEATURES = 512, 96
+assert BLOCK % _FEATURES == NEAR_ROWS % _FEATURES == 0  # rounded up, they still fit
 
 # Multiplications below which another thread is not worth waking.
 _SMALL = 1 << 18

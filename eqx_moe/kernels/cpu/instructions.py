@@ -24,8 +24,8 @@ def _lanes() -> int:
 LANES = _lanes()
 
 #: Columns and rows of a tile. Two fused multiply-adds start in a cycle and each takes four, so there are at least eight
-#: sums; sums, a row of B and a value of A have to fit 16 registers, 32 with AVX-512.
-WIDE, WIDE_ROWS = 2 * LANES, 6 if LANES == 8 else 12
+#: sums (six in a narrow tile without AVX-512); sums, a row of B and a value of A have to fit 16 registers, 32 with it.
+WIDE, TILE_ROWS = 2 * LANES, 6 if LANES == 8 else 12
 NARROW = LANES
 
 
@@ -49,7 +49,9 @@ def _prefetch(builder):
     return cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
 
 
-def _tile(rows: int, columns: int, ahead: bool):
+def _tile(columns: int, ahead: bool):
+    rows = TILE_ROWS
+
     @no_type_check
     @intrinsic
     def tile(typing_context, a, a_row, a_depth, b, c, c_row, last, depth, add):
@@ -118,11 +120,7 @@ def _tile(rows: int, columns: int, ahead: bool):
 
 
 #: Of the last two, A lies row by row, and the next rows are asked for.
-near_tile, wide_tile, narrow_tile = (
-    _tile(WIDE_ROWS, WIDE, False),
-    _tile(WIDE_ROWS, WIDE, True),
-    _tile(WIDE_ROWS, NARROW, True),
-)
+near_tile, wide_tile, narrow_tile = _tile(WIDE, False), _tile(WIDE, True), _tile(NARROW, True)
 
 
 def _dots(rows: int, columns: int):
