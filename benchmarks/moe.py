@@ -62,6 +62,10 @@ class Size:
 class RaggedDot(AbstractExecution):
     """What one would write first: sort, `lax.ragged_dot`, add up."""
 
+    @property
+    def by_row(self) -> bool:
+        return False
+
     def __call__(self, x, routing, experts, mask):
         shape, k = x.shape, routing.experts.shape[-1]
         chosen = routing.experts.reshape(-1)
