@@ -220,7 +220,9 @@ def rates(task: str, found: dict[str, dict]) -> list[list]:
     label, figure = TASKS[task]
     mine, *peers = (figure(statistics.median(each["runs"])) for each in found.values())
     labels, goals = [label, "the same, their AdamW fused"], [f">= {GOALS[task]}", ""]
-    return [list(row) for row in zip(labels, [mine] * 2, peers, [mine / peer for peer in peers], goals, strict=False)]
+    # Only training has a second peer.
+    rows = zip(labels, peers, goals, strict=False)
+    return [[name, mine, peer, mine / peer, goal] for name, peer, goal in rows]
 
 
 def described(task: str, found: dict[str, dict]) -> str:

@@ -23,6 +23,9 @@ def _lanes() -> int:
 #: Floats of a vector.
 LANES = _lanes()
 
+_VECTOR = ir.VectorType(_FLOAT, LANES)
+_ZERO = ir.Constant(_VECTOR, [0.0] * LANES)
+
 #: Columns and rows of a tile. Two fused multiply-adds start in a cycle and each takes four, so there are at least eight
 #: sums (six in a narrow tile without AVX-512); sums, a row of B and a value of A have to fit 16 registers, 32 with it.
 WIDE, TILE_ROWS = 2 * LANES, 6 if LANES == 8 else 12
@@ -35,7 +38,7 @@ def _pointer(builder, address, kind):
 
 def _vector(builder, address, number: int):
     """A pointer to one of the vectors that stand one after another from an address on."""
-    return _pointer(builder, builder.add(address, _WORD(4 * LANES * number)), ir.VectorType(_FLOAT, LANES))
+    return _pointer(builder, builder.add(address, _WORD(4 * LANES * number)), _VECTOR)
 
 
 def _clamped(builder, last, count: int):
@@ -43,10 +46,24 @@ def _clamped(builder, last, count: int):
     return [builder.select(builder.icmp_signed("<", _WORD(i), last), _WORD(i), last) for i in range(count)]
 
 
-def _prefetch(builder):
-    """The instruction that asks for a cache line."""
+def _prefetch(builder, address) -> None:
+    """Asks for the cache line at an address."""
     kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT])
-    return cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    builder.call(function, [_pointer(builder, address, _BYTE), _INT(0), _INT(3), _INT(1)])
+
+
+def _multiply_add(builder):
+    """`a * b + c` of vectors, rounded once."""
+    kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+    return cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
+
+
+def _spread(builder, value):
+    """A vector that holds a value in all lanes."""
+    unknown = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+    everywhere = ir.Constant(ir.VectorType(_INT, LANES), [0] * LANES)
+    return builder.shuffle_vector(builder.insert_element(unknown, value, _INT(0)), unknown, everywhere)
 
 
 def _tile(columns: int, ahead: bool):
@@ -62,11 +79,7 @@ def _tile(columns: int, ahead: bool):
 
         def codegen(context, builder, signature, arguments):
             a, a_row, a_depth, b, c, c_row, last, depth, add = arguments
-            vector = ir.VectorType(_FLOAT, LANES)
-            zero, unknown = ir.Constant(vector, [0.0] * LANES), ir.Constant(vector, ir.Undefined)
-            everywhere = ir.Constant(ir.VectorType(_INT, LANES), [0] * LANES)
-            kind = ir.FunctionType(vector, [vector] * 3)
-            multiply_add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
+            multiply_add = _multiply_add(builder)
             vectors = range(columns // LANES)
             index = _clamped(builder, last, rows)
             starts = [builder.add(a, builder.mul(m, a_row)) for m in index]
@@ -76,17 +89,17 @@ def _tile(columns: int, ahead: bool):
             builder.branch(loop)
             builder.position_at_end(loop)
             k, offset, here = (builder.phi(_WORD) for _ in range(3))
-            sums = [[builder.phi(vector) for _ in vectors] for _ in range(rows)]
+            sums = [[builder.phi(_VECTOR) for _ in vectors] for _ in range(rows)]
             if ahead:
                 # A cache line of 16 rows in turn, of those after these: they come while this is computed.
                 row = builder.mul(builder.add(_WORD(rows), builder.and_(k, _WORD(15))), a_row)
                 place = builder.add(builder.add(a, row), builder.mul(builder.lshr(k, _WORD(4)), _WORD(64)))
-                builder.call(_prefetch(builder), [_pointer(builder, place, _BYTE), _INT(0), _INT(3), _INT(1)])
+                _prefetch(builder, place)
             line = [builder.load(_vector(builder, here, v), align=4) for v in vectors]
             totals = []
             for start, row in zip(starts, sums, strict=True):
                 value = builder.load(_pointer(builder, builder.add(start, offset), _FLOAT), align=4)
-                spread = builder.shuffle_vector(builder.insert_element(unknown, value, _INT(0)), unknown, everywhere)
+                spread = _spread(builder, value)
                 totals.append([builder.call(multiply_add, [spread, line[v], row[v]]) for v in vectors])
             steps = ((k, _WORD(0), _WORD(1)), (offset, _WORD(0), a_depth), (here, b, _WORD(4 * columns)))
             for phi, first, step in steps:
@@ -94,7 +107,7 @@ def _tile(columns: int, ahead: bool):
                 phi.add_incoming(builder.add(phi, step), loop)
             for row, total in zip(sums, totals, strict=True):
                 for phi, value in zip(row, total, strict=True):
-                    phi.add_incoming(zero, before)
+                    phi.add_incoming(_ZERO, before)
                     phi.add_incoming(value, loop)
             builder.cbranch(builder.icmp_signed("<", builder.add(k, _WORD(1)), depth), loop, done)
 
@@ -131,15 +144,10 @@ def _dots(rows: int, columns: int):
 
         def codegen(context, builder, signature, arguments):
             a, a_row, a_last, b, b_row, b_last, depth, c, c_row = arguments
-            vector = ir.VectorType(_FLOAT, LANES)
-            bits = ir.VectorType(ir.IntType(1), LANES)
-            zero = ir.Constant(vector, [0.0] * LANES)
-            kind = ir.FunctionType(vector, [vector] * 3)
-            multiply_add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
-            kind = ir.FunctionType(vector, [vector.as_pointer(), _INT, bits, vector])
+            multiply_add = _multiply_add(builder)
+            kind = ir.FunctionType(_VECTOR, [_VECTOR.as_pointer(), _INT, ir.VectorType(ir.IntType(1), LANES), _VECTOR])
             name = f"llvm.masked.load.v{LANES}f32.p0v{LANES}f32"
             masked_load = cgutils.get_or_insert_function(builder.module, kind, name)
-            fetch = _prefetch(builder)
             m, n = _clamped(builder, a_last, rows), _clamped(builder, b_last, columns)
             lines = [builder.add(a, builder.mul(i, a_row)) for i in m]
             others = [builder.add(b, builder.mul(j, b_row)) for j in n]
@@ -160,32 +168,30 @@ def _dots(rows: int, columns: int):
             builder.branch(head)
             builder.position_at_end(head)
             k = builder.phi(_WORD)
-            sums = [[builder.phi(vector) for _ in lines] for _ in others]
+            sums = [[builder.phi(_VECTOR) for _ in lines] for _ in others]
             builder.cbranch(builder.icmp_signed("<", k, full), loop, done)
             builder.position_at_end(loop)
             at = builder.mul(k, _WORD(4))
             for line in lines:
-                ahead = builder.add(line, builder.add(at, builder.mul(a_row, _WORD(rows))))
-                builder.call(fetch, [_pointer(builder, ahead, _BYTE), _INT(0), _INT(3), _INT(1)])
-            totals = added(sums, lambda line: builder.load(_pointer(builder, builder.add(line, at), vector), align=4))
+                _prefetch(builder, builder.add(line, builder.add(at, builder.mul(a_row, _WORD(rows)))))
+            totals = added(sums, lambda line: builder.load(_pointer(builder, builder.add(line, at), _VECTOR), align=4))
             k.add_incoming(_WORD(0), before)
             k.add_incoming(builder.add(k, _WORD(LANES)), loop)
             for old, new in zip(sums, totals, strict=True):
                 for phi, value in zip(old, new, strict=True):
-                    phi.add_incoming(zero, before)
+                    phi.add_incoming(_ZERO, before)
                     phi.add_incoming(value, loop)
             builder.branch(head)
 
             builder.position_at_end(done)
             left = builder.trunc(builder.sub(depth, full), _INT)
-            spread = builder.insert_element(ir.Constant(ir.VectorType(_INT, LANES), ir.Undefined), left, _INT(0))
-            spread = builder.shuffle_vector(spread, spread, ir.Constant(ir.VectorType(_INT, LANES), [0] * LANES))
-            mask = builder.icmp_signed("<", ir.Constant(ir.VectorType(_INT, LANES), list(range(LANES))), spread)
+            lanes = ir.Constant(ir.VectorType(_INT, LANES), list(range(LANES)))
+            mask = builder.icmp_signed("<", lanes, _spread(builder, left))
             at = builder.mul(full, _WORD(4))
 
             def rest(line):
-                place = _pointer(builder, builder.add(line, at), vector)
-                return builder.call(masked_load, [place, _INT(4), mask, zero])
+                place = _pointer(builder, builder.add(line, at), _VECTOR)
+                return builder.call(masked_load, [place, _INT(4), mask, _ZERO])
 
             for j, row in enumerate(added(sums, rest)):
                 for i, total in enumerate(row):
@@ -259,7 +265,7 @@ def _mover(kind):
 
 
 #: `LANES` floats, and one.
-move, move1 = _mover(ir.VectorType(_FLOAT, LANES)), _mover(_FLOAT)
+move, move1 = _mover(_VECTOR), _mover(_FLOAT)
 
 
 @no_type_check
@@ -282,7 +288,7 @@ def prefetch(typing_context, address):
     """Ask for the cache line at an address, which will be read soon; the address may be anywhere."""
 
     def codegen(context, builder, signature, arguments):
-        builder.call(_prefetch(builder), [_pointer(builder, arguments[0], _BYTE), _INT(0), _INT(3), _INT(1)])
+        _prefetch(builder, arguments[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
