@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import os
+import sys
 
 import equinox as eqx
 import jax
@@ -11,7 +13,9 @@ import optax
 import pytest
 import tiny
 
+import eqx_moe
 from eqx_moe import train
+from eqx_moe.checkpoint import reader
 from eqx_moe.errors import EqxMoeError
 from eqx_moe.train import Batch
 
@@ -93,6 +97,40 @@ def test_step_donates_what_it_replaces(rows, optimizer, step):
     step(model, state, batch, None)
     assert model.embed.weight.is_deleted() and not batch.tokens.is_deleted()
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state) if leaf.ndim > 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_step_does_not_run_beside_the_file_that_the_weights_came_from(tmp_path, rows, monkeypatch):
+    """Weights in a mapped file are copied one by one, each in the place of the one before it, before the step runs."""
+    monkeypatch.setattr(reader, "may_be_mapped", lambda path: True)
+    monkeypatch.setattr(reader, "_LEAST_MAPPED", 1)
+    eqx_moe.save_pretrained(tiny.model(), tmp_path, layout="original")
+    model, file = eqx_moe.from_pretrained(tmp_path), os.fspath(tmp_path / "model.safetensors")
+    seen = []
+
+    def is_mapped() -> bool:
+        with open("/proc/self/maps") as maps:
+            return any(file in line for line in maps)
+
+    def look(updates, params):
+        jax.debug.callback(lambda: seen.append(is_mapped()))
+        return updates
+
+    assert is_mapped()
+    optimizer = optax.chain(optax.stateless(look), optax.sgd(0.1))
+    step = train.make_step(optimizer)
+    step(model, train.init_optimizer(optimizer, model), next(train.batches(rows, 2)))
+    jax.effects_barrier()
+    assert seen == [False]
+
+
+def test_a_first_batch_that_does_not_fit_takes_nothing(rows, optimizer):
+    model, batch = tiny.model(), next(train.batches(rows, 3))
+    state, new = train.init_optimizer(optimizer, model), train.make_step(optimizer)
+    with pytest.raises(ValueError):
+        new(model, state, eqx.tree_at(lambda b: b.labels, batch, batch.labels[:, 1:]))
+    _, _, metrics = new(model, state, batch)
+    assert bool(metrics["finite"])
 
 
 def bad_batch(batch: Batch) -> Batch:

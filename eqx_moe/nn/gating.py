@@ -11,15 +11,19 @@ from jaxtyping import Array, Float
 class AbstractGating(abc.ABC):
     """A function of gate and up, element by element. Records are hashable: a module carries one as a static field."""
 
+    def __call__(self, gate: Float[Array, "*rows ffn"], up: Float[Array, "*rows ffn"]) -> Float[Array, "*rows ffn"]:
+        """A backward pass keeps gate and up alone and computes the rest again, which would be three times `gate`."""
+        return jax.checkpoint(self.combine)(gate, up)
+
     @abc.abstractmethod
-    def __call__(self, gate: Float[Array, "*rows ffn"], up: Float[Array, "*rows ffn"]) -> Float[Array, "*rows ffn"]: ...
+    def combine(self, gate: Float[Array, "*rows ffn"], up: Float[Array, "*rows ffn"]) -> Float[Array, "*rows ffn"]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class SwiGLU(AbstractGating):
     """`silu(gate) * up` (Shazeer 2020)."""
 
-    def __call__(self, gate: Float[Array, "*rows ffn"], up: Float[Array, "*rows ffn"]) -> Float[Array, "*rows ffn"]:
+    def combine(self, gate: Float[Array, "*rows ffn"], up: Float[Array, "*rows ffn"]) -> Float[Array, "*rows ffn"]:
         return jax.nn.silu(gate) * up
 
 
@@ -36,6 +40,6 @@ class ClampedSwiGLU(AbstractGating):
     alpha: float
     limit: float
 
-    def __call__(self, gate: Float[Array, "*rows ffn"], up: Float[Array, "*rows ffn"]) -> Float[Array, "*rows ffn"]:
+    def combine(self, gate: Float[Array, "*rows ffn"], up: Float[Array, "*rows ffn"]) -> Float[Array, "*rows ffn"]:
         gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
         return gate * jax.nn.sigmoid(self.alpha * gate) * (up + 1)

@@ -5,6 +5,7 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from eqx_moe.nn.gating import SWIGLU
 from eqx_moe.nn.linear import Linear
 
 
@@ -22,4 +23,4 @@ class MLP(eqx.Module):
         self.down = Linear(ffn, hidden, bias=bias, std=std, dtype=dtype, key=down_key)
 
     def __call__(self, x: Float[Array, "*rows hidden"]) -> Float[Array, "*rows hidden"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(SWIGLU(self.gate(x), self.up(x)))

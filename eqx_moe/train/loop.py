@@ -1,6 +1,7 @@
 """The training step, the loop around it, and measuring."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -116,10 +117,29 @@ def make_step(optimizer: optax.GradientTransformation) -> Step:
     def donating(given: tuple[Batch, PRNGKeyArray | None], model: Decoder, opt_state: PyTree):
         return update(optimizer, model, opt_state, *given)
 
+    started = False
+
     def step(model: Decoder, opt_state: PyTree, batch: Batch, key: PRNGKeyArray | None = None):
-        return donating((put(batch, model.mesh, rows=True), put(key, model.mesh)), model, opt_state)
+        nonlocal started
+        given = put(batch, model.mesh, rows=True), put(key, model.mesh)
+        if not started:
+            # Not before the arguments are known to fit: it ends the caller's arrays.
+            donating.lower(given, model, opt_state)
+            arrays, rest = eqx.partition((model, opt_state), eqx.is_array)
+            model, opt_state = eqx.combine(jax.tree.map(_owned, arrays), rest)
+            started = True
+        return donating(given, model, opt_state)
 
     return step
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _owned(leaf: Array) -> Array:
+    """An array in memory that XLA allocated: the one that it has, or a copy, if it lies in a mapped file or in NumPy's.
+
+    A program that is given memory of others copies all of it first, and holds both until it ends.
+    """
+    return leaf
 
 
 def update(

@@ -30,7 +30,7 @@ from eqx_moe.sharding import (
 # the while: what XLA's CPU back end makes of the step (jax 0.10.2), rounded. tests/test_train_plan.py compares.
 # Experts have a row for each pair (token, expert) that an expert of the device may take; what comes of them is put back
 # in the place of all pairs of the tokens.
-_WEIGHTS, _VOCAB, _ATTENTION_ROWS, _FFN_ROWS, _HIDDEN_ROWS, _EXPERT_ROWS, _COMBINED_ROWS = 2.25, 3, 1, 4.5, 5, 3.5, 2
+_WEIGHTS, _VOCAB, _ATTENTION_ROWS, _FFN_ROWS, _HIDDEN_ROWS, _EXPERT_ROWS, _COMBINED_ROWS = 2.25, 3, 1, 4.5, 5, 4, 2
 
 # The part of all weights that is there once more, laid out to be gathered or about to be updated.
 _COPIED = 0.4
