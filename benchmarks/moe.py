@@ -34,7 +34,7 @@ from eqx_moe.nn.experts import Experts
 from eqx_moe.nn.moe import MoE
 from eqx_moe.nn.router import SoftmaxTopKRouter
 
-RUNS = 7
+RUNS, PLOT_RUNS = 7, 5
 PAUSE = 0.02  # seconds
 HIDDEN = 512
 SETS = 16  # blocks that a single token goes through, so that no expert waits in a cache
@@ -346,7 +346,7 @@ def plot(path: pathlib.Path) -> None:
             x = jax.random.normal(jax.random.key(1), (1, tokens, HIDDEN))
             ways = forward_ways(block, x, torch_blocks=their_blocks(block))
             ways = {name: way for name, way in ways.items() if name not in found or found[name][-1][1] < 1}
-            for name, seconds in median_seconds(ways, runs=5).items():
+            for name, seconds in median_seconds(ways, runs=PLOT_RUNS).items():
                 found.setdefault(name, []).append((at, seconds))
             print(
                 at, {name: f"{row[-1][1] * 1e3:.2f} ms" for name, row in found.items() if row[-1][0] == at}, flush=True
@@ -384,8 +384,9 @@ def main() -> None:
     machine.keep_large_blocks()
     torch.set_num_threads(machine.cores())
     print(machine.description())
-    print(f"medians of {RUNS}, {PAUSE * 1e3:.0f} ms of pause before every call")
-    if "--plot" in sys.argv[1:]:
+    plotting = "--plot" in sys.argv[1:]
+    print(f"medians of {PLOT_RUNS if plotting else RUNS}, {PAUSE * 1e3:.0f} ms of pause before every call")
+    if plotting:
         plot(pathlib.Path(__file__).with_suffix(".png"))
         return
     small, many = Size(8, 2, 1408), Size(64, 8, 352)

@@ -25,16 +25,16 @@ from eqx_moe.checkpoint import leaf_paths
 _SECONDS = 110
 
 
-def expect(folder: pathlib.Path, more: bool) -> None:
+def expect(folder: pathlib.Path, family: str, more: bool) -> None:
     """Writes a checkpoint, and what one device makes of it; with `more` what it generates and learns too."""
-    model = eqx_moe.init(meshes.MIXTRAL, key=jax.random.key(3))
+    model = eqx_moe.init(meshes.FAMILIES[family], key=jax.random.key(3))
     eqx_moe.save_pretrained(model, folder / "model", max_shard_size=30_000)
     value_and_grad = eqx.filter_jit(eqx.filter_value_and_grad(train.loss, has_aux=True))
     (loss, metrics), gradients = value_and_grad(model, meshes.batch())
     trees = {"weight": model, "gradient": gradients}
     values = {
         "loss": loss,
-        "aux_loss": metrics["aux_loss"],
+        "aux_loss": metrics.get("aux_loss", 0.0),
         "largest": max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(gradients)),
     }
     if more:
@@ -55,23 +55,25 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    "axes,more",
+    "family,axes,more",
     [
-        ("expert,data", False),
-        pytest.param("data,expert", True, marks=pytest.mark.full),
-        pytest.param("tensor,expert", True, marks=pytest.mark.full),
-        pytest.param("expert,tensor", True, marks=pytest.mark.full),
+        ("mixtral", "expert,data", False),
+        ("llama", "tensor,data", False),
+        pytest.param("mixtral", "data,expert", True, marks=pytest.mark.full),
+        pytest.param("mixtral", "tensor,expert", True, marks=pytest.mark.full),
+        pytest.param("mixtral", "expert,tensor", True, marks=pytest.mark.full),
+        pytest.param("llama", "data,tensor", True, marks=pytest.mark.full),
     ],
 )
-def test_two_processes_are_one_device(tmp_path, root, axes, more):
+def test_two_processes_are_one_device(tmp_path, root, family, axes, more):
     """The first axis lies across the processes."""
-    expect(tmp_path, more)
+    expect(tmp_path, family, more)
     here = pathlib.Path(__file__).parent
     paths = [str(root), str(here), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with loopback_hub.serve() as hub:
         environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-        outputs = run(tmp_path, axes, environment)
+        outputs = run(tmp_path, family, axes, environment)
     assert all(output.endswith("all equal\n") for output in outputs), "\n\n".join(outputs)
     saved = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
     for name, content in saved.items():
@@ -81,7 +83,7 @@ def test_two_processes_are_one_device(tmp_path, root, axes, more):
     assert hub.commits == 1
 
 
-def run(folder: pathlib.Path, axes: str, environment: dict[str, str]) -> list[str]:
+def run(folder: pathlib.Path, family: str, axes: str, environment: dict[str, str]) -> list[str]:
     """What the two processes write."""
     port, logs = free_port(), [folder / f"{process}.log" for process in range(2)]
     program, processes = [sys.executable, two_processes.__file__, str(folder), str(port)], []
@@ -89,7 +91,10 @@ def run(folder: pathlib.Path, axes: str, environment: dict[str, str]) -> list[st
         with log.open("w") as file:
             processes.append(
                 subprocess.Popen(
-                    [*program, str(process), axes, "2,2"], env=environment, stdout=file, stderr=subprocess.STDOUT
+                    [*program, str(process), family, axes, "2,2"],
+                    env=environment,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
                 )
             )
     try:

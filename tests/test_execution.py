@@ -17,7 +17,7 @@ from weights import draw_experts
 import eqx_moe
 from eqx_moe.execution import Dense, Grouped, Routing, resolve
 from eqx_moe.kernels.grouped_matmul import _ragged_dot, _slots, grouped_matmul, grouped_matmul_oracle
-from eqx_moe.nn.gating import ClampedSwiGLU
+from eqx_moe.nn.gating import SWIGLU, ClampedSwiGLU
 from eqx_moe.nn.router import SoftmaxTopKRouter
 
 # (rows, groups, in, out): few rows (one at a time), one group, more groups than rows, sizes that divide nothing.
@@ -241,6 +241,13 @@ def test_grouped_equals_dense_in_value_and_gradients(shape, kind, seed):
     )
     for ours, theirs in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
         assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("gating", [SWIGLU, ClampedSwiGLU(1.3, 0.8)], ids=str)
+def test_the_backward_pass_keeps_gate_and_up_alone(gating):
+    gate, up = jax.random.normal(jax.random.key(0), (2, 40, 24))
+    _, backward = jax.vjp(gating, gate, up)
+    assert sum(leaf.size for leaf in jax.tree.leaves(backward)) == gate.size + up.size
 
 
 def test_clamped_swiglu_by_hand():

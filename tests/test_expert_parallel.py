@@ -198,6 +198,36 @@ def test_other_numbers_of_experts_and_choices(name, shape, count, k):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("tokens", [ALL, NOTHING, (1, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "count", "k"),
+    [
+        ((8, 1, 1), 1, 1),
+        ((4, 2, 1), 2, 2),
+        ((2, 4, 1), 4, 1),
+        ((1, 8, 1), 8, 5),
+        ((2, 2, 2), 24, 7),
+        ((1, 8, 1), 64, 8),
+    ],
+    ids=str,
+)
+def test_any_routing_of_any_numbers_equals_dense(method, tokens, shape, count, k):
+    execution, experts = ExpertParallel(make_mesh(shape), method), draw_experts(count, HIDDEN, FFN)
+    for seed in range(12):
+        random, case = np.random.default_rng(seed), make_case("random", tokens, seed, count, k)
+        popular = random.choice([0.0, 0.3, 3.0]) * random.random(count)
+        chosen = np.argsort(random.random((*tokens, count)) + popular, axis=-1)[..., :k]
+        mask = random.random(tokens) < random.choice([0.1, 0.6, 1.0])
+        routing = Routing(jnp.asarray(np.where(mask[..., None], chosen, count), jnp.int32), case.routing.weights)
+        inputs = (case.x, routing, jnp.asarray(mask))
+        # The output as its own cotangent: of one token the gradient of the weight is one sum, which must not cancel.
+        (y, *_), _ = run(Dense(), *inputs, case.dy, experts)
+        (found, drops), (expected, _) = run(execution, *inputs, y, experts), run(Dense(), *inputs, y, experts)
+        assert_equal(found, expected)
+        assert drops == 0
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("tokens", [ALL, SEQ], ids=str)
 @pytest.mark.parametrize("shape", ALL_MESHES, ids=str)
 def test_equals_dense_on_every_mesh_of_8_and_fewer(shape, tokens, method):

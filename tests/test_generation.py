@@ -99,6 +99,16 @@ def test_the_last_place_alone_is_that_of_all(case):
     assert less < 0.96 * flops  # those of the CPU kernels are not among them
 
 
+@pytest.mark.parametrize("form", [lambda model: model, eqx_moe.stack], ids=["layers", "stacked"])
+def test_the_last_place_of_rows_in_two_axes(form):
+    model, tokens = draw(MIXTRAL[3].parsed), jnp.asarray([[[3, 1, 4, 1, 5]], [[2, 7, 1, 8, 2]], [[1, 6, 1, 8, 0]]])
+    every, last = model.forward(tokens), form(model).forward(tokens, last_only=True)
+    assert last.hidden.shape == (3, 1, 1, every.hidden.shape[-1])
+    np.testing.assert_allclose(last.hidden, every.hidden[..., -1:, :], rtol=1e-5, atol=1e-5)
+    for found, expected in zip(last.router.weights, every.router.weights, strict=True):
+        np.testing.assert_allclose(found, expected[..., -1:, :], rtol=1e-5, atol=1e-5)
+
+
 def test_the_last_place_alone_competes_for_experts_as_among_all():
     """With a capacity an expert may be full before the last token comes."""
     model = draw(dataclasses.replace(MIXTRAL[0].parsed, num_hidden_layers=1))
@@ -113,6 +123,25 @@ def test_the_last_place_alone_competes_for_experts_as_among_all():
     assert not dropless.by_row
     assert dataclasses.replace(dropless, inner=Capacity()).by_row
     assert dataclasses.replace(dropless, method="all_to_all", factor=1.5).by_row
+
+
+@pytest.mark.parametrize("family", [eqx_moe.MixtralConfig, eqx_moe.LlamaConfig], ids=["mixtral", "llama"])
+def test_decoding_copies_no_weights(family):
+    """What a step takes beside its arguments is less than any matrix of the model, head and embedding among them.
+
+    It is so wide that XLA's own product of a row and a matrix would copy the matrix (see `eqx_moe.kernels.linear`).
+    """
+    sizes = dict(hidden_size=4608, intermediate_size=200, num_hidden_layers=1, num_attention_heads=8, head_dim=48)
+    model = eqx_moe.init(family(vocab_size=520, num_key_value_heads=4, **sizes), key=jax.random.key(0))
+
+    def step(model, cache, token):
+        out = model.forward(token, cache=cache, last_only=True)
+        return out.cache, jnp.argmax(model.unembed(out.hidden[:, -1]), axis=-1)
+
+    given = model, model.init_cache(1, 24), jnp.asarray([[7]])
+    memory = eqx.filter_jit(step, donate="all-except-first").lower(*given).compile().compiled.memory_analysis()
+    smallest = min(leaf.nbytes for leaf in jax.tree.leaves(model) if leaf.size > 8 * 4608)
+    assert memory.temp_size_in_bytes < smallest / 2, (memory.temp_size_in_bytes, smallest)
 
 
 @pytest.mark.parametrize("segments", [None, jnp.ones((1, 5), int)], ids=["one segment", "segments"])

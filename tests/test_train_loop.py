@@ -101,12 +101,11 @@ def test_step_donates_what_it_replaces(rows, optimizer, step):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_step_does_not_run_beside_the_file_that_the_weights_came_from(tmp_path, rows, monkeypatch):
-    """Weights in a mapped file are copied one by one, each in the place of the one before it, before the step runs."""
+    """The file is let go before, also when the step has run already, with another model."""
     monkeypatch.setattr(reader, "may_be_mapped", lambda path: True)
     monkeypatch.setattr(reader, "_LEAST_MAPPED", 1)
     eqx_moe.save_pretrained(tiny.model(), tmp_path, layout="original")
-    model, file = eqx_moe.from_pretrained(tmp_path), os.fspath(tmp_path / "model.safetensors")
-    seen = []
+    file, seen = os.fspath(tmp_path / "model.safetensors"), []
 
     def is_mapped() -> bool:
         with open("/proc/self/maps") as maps:
@@ -116,21 +115,33 @@ def test_a_step_does_not_run_beside_the_file_that_the_weights_came_from(tmp_path
         jax.debug.callback(lambda: seen.append(is_mapped()))
         return updates
 
-    assert is_mapped()
     optimizer = optax.chain(optax.stateless(look), optax.sgd(0.1))
-    step = train.make_step(optimizer)
-    step(model, train.init_optimizer(optimizer, model), next(train.batches(rows, 2)))
-    jax.effects_barrier()
-    assert seen == [False]
+    step, batch = train.make_step(optimizer), next(train.batches(rows, 2))
+    for _ in range(2):
+        model = eqx_moe.from_pretrained(tmp_path)
+        assert is_mapped()
+        state = train.init_optimizer(optimizer, model)
+        for _ in range(2):
+            model, state, _ = step(model, state, batch)
+        jax.effects_barrier()
+    assert seen == [False] * 4
 
 
-def test_a_first_batch_that_does_not_fit_takes_nothing(rows, optimizer):
+def test_a_first_step_that_fails_takes_nothing(rows, optimizer):
     model, batch = tiny.model(), next(train.batches(rows, 3))
-    state, new = train.init_optimizer(optimizer, model), train.make_step(optimizer)
+    state, step = train.init_optimizer(optimizer, model), train.make_step(optimizer)
     with pytest.raises(ValueError):
-        new(model, state, eqx.tree_at(lambda b: b.labels, batch, batch.labels[:, 1:]))
-    _, _, metrics = new(model, state, batch)
+        step(model, state, eqx.tree_at(lambda b: b.labels, batch, batch.labels[:, 1:]))
+    tied = eqx.tree_at(lambda m: m.layers[0].ffn_norm.weight, model, model.norm.weight)
+    with pytest.raises(
+        ValueError, match=r"`model\.layers\[0\]\.ffn_norm\.weight` and `model\.norm\.weight` are one array"
+    ):
+        step(tied, state, batch)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((model, state)))
+    _, _, metrics = step(model, state, batch)
     assert bool(metrics["finite"])
+    with pytest.raises(ValueError, match=r"`model\.embed\.weight` went into an earlier step"):
+        step(model, state, batch)
 
 
 def bad_batch(batch: Batch) -> Batch:

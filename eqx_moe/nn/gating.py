@@ -12,7 +12,7 @@ class AbstractGating(abc.ABC):
     """A function of gate and up, element by element. Records are hashable: a module carries one as a static field."""
 
     def __call__(self, gate: Float[Array, "*rows ffn"], up: Float[Array, "*rows ffn"]) -> Float[Array, "*rows ffn"]:
-        """A backward pass keeps gate and up alone and computes the rest again, which would be three times `gate`."""
+        """A backward pass keeps gate and up alone and computes again what lies between, two to six times `gate`."""
         return jax.checkpoint(self.combine)(gate, up)
 
     @abc.abstractmethod

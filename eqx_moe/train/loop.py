@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, PRNGKeyArray, PyTree, Shaped
 from tqdm import tqdm
 
@@ -108,37 +110,58 @@ def make_step(optimizer: optax.GradientTransformation) -> Step:
 
     The model and the optimizer state that go in are donated: their memory is used again for those that come out, and
     neither may be used after the call. Nor may a model that `stack`, `unstack` or `with_options` made this one from:
-    what they need not change is shared. (`fit` works on a copy.) On a mesh the batch is spread over it, and both come
-    out placed as they went in. If the loss or a gradient is not finite, both come out as they went in. The metrics are
-    those of `loss`, `grad_norm`, and `finite`, which says whether the update was made.
+    what they need not change is shared. (`fit` works on a copy.) What lies in a mapped file or in NumPy's memory is
+    copied before the step runs, and let go. On a mesh the batch is spread over it, and both come out placed as they
+    went in. If the loss or a gradient is not finite, both come out as they went in. The metrics are those of `loss`,
+    `grad_norm`, and `finite`, which says whether the update was made.
+
+    The step raises a `ValueError` if an array was given to an earlier step, or stands in two places.
     """
 
     @eqx.filter_jit(donate="all-except-first")
     def donating(given: tuple[Batch, PRNGKeyArray | None], model: Decoder, opt_state: PyTree):
         return update(optimizer, model, opt_state, *given)
 
-    started = False
+    # An array of the model that the latest call gave: with it everything that comes lies in XLA's own memory.
+    latest: weakref.WeakValueDictionary[str, Array] = weakref.WeakValueDictionary()
 
     def step(model: Decoder, opt_state: PyTree, batch: Batch, key: PRNGKeyArray | None = None):
-        nonlocal started
         given = put(batch, model.mesh, rows=True), put(key, model.mesh)
-        if not started:
+        if model.embed.weight is not latest.get("embed"):
             # Not before the arguments are known to fit: it ends the caller's arrays.
             donating.lower(given, model, opt_state)
-            arrays, rest = eqx.partition((model, opt_state), eqx.is_array)
-            model, opt_state = eqx.combine(jax.tree.map(_owned, arrays), rest)
-            started = True
-        return donating(given, model, opt_state)
+            model, opt_state = _owned(model, opt_state)
+        model, opt_state, metrics = donating(given, model, opt_state)
+        latest["embed"] = model.embed.weight
+        return model, opt_state, metrics
 
     return step
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _owned(leaf: Array) -> Array:
-    """An array in memory that XLA allocated: the one that it has, or a copy, if it lies in a mapped file or in NumPy's.
+def _owned(model: Decoder, opt_state: PyTree) -> tuple[Decoder, PyTree]:
+    """Both in memory that XLA allocated: where they lie, or copied, an array at a time, from a mapped file or NumPy's.
 
     A program that is given memory of others copies all of it first, and holds both until it ends.
     """
+    arrays, rest = eqx.partition((model, opt_state), eqx.is_array)
+    paths: dict[int, str] = {}
+    for (which, *path), leaf in jax.tree_util.tree_leaves_with_path(arrays):
+        if isinstance(leaf, Tracer):
+            return model, opt_state
+        name = ("model", "opt_state")[which.idx] + jax.tree_util.keystr(tuple(path))
+        if leaf.is_deleted():
+            raise ValueError(f"`{name}` went into an earlier step and is gone; give what that step returned.")
+        if id(leaf) in paths:
+            raise ValueError(
+                f"A step takes the memory of its arrays, and `{paths[id(leaf)]}` and `{name}` are one array; "
+                "make one of them a copy."
+            )
+        paths[id(leaf)] = name
+    return eqx.combine(jax.tree.map(_own, arrays), rest)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _own(leaf: Array) -> Array:
     return leaf
 
 
