@@ -72,6 +72,15 @@ def make_case(kind: str, shape: tuple[int, int], seed: int = 0, experts: int = E
     return Case(jnp.asarray(x), Routing(jnp.asarray(chosen), jnp.asarray(weights)), jnp.asarray(mask), jnp.asarray(dy))
 
 
+def skewed(case: Case, count: int, skew: float, real: float, random: np.random.Generator) -> Case:
+    """The case with choices among `count` experts of any popularity, and about the part `real` of its tokens real."""
+    tokens, k = case.mask.shape, case.routing.weights.shape[-1]
+    chosen = np.argsort(random.random((*tokens, count)) + skew * random.random(count), axis=-1)[..., :k]
+    mask = random.random(tokens) < real
+    routing = Routing(jnp.asarray(np.where(mask[..., None], chosen, count), jnp.int32), case.routing.weights)
+    return dataclasses.replace(case, routing=routing, mask=jnp.asarray(mask))
+
+
 def make_experts(dtype: str = "float32") -> Experts:
     return draw_experts(EXPERTS, HIDDEN, FFN, dtype=dtype)
 
@@ -164,12 +173,9 @@ def test_all_to_all_equals_dense(shape):
 @settings(max_examples=12, deadline=None)
 def test_any_routing_equals_dense(name, skew, real, seed):
     """Experts of any popularity, up to those that all tokens choose; rows of any padding, up to nothing else."""
-    random, case = np.random.default_rng(seed), make_case("random", ALL, seed % 100)
-    chosen = np.argsort(random.random((*ALL, EXPERTS)) + skew * random.random(EXPERTS), axis=-1)[..., :K]
-    mask = random.random(ALL) < real
-    routing = Routing(jnp.asarray(np.where(mask[..., None], chosen, EXPERTS), jnp.int32), case.routing.weights)
     # A shape that is compiled for other tests too.
-    inputs = (case.x, routing, jnp.asarray(mask), case.dy, make_experts())
+    case = skewed(make_case("random", ALL, seed % 100), EXPERTS, skew, real, np.random.default_rng(seed))
+    inputs = (case.x, case.routing, case.mask, case.dy, make_experts())
     (found, drops), (expected, _) = run(ExpertParallel(make_mesh((2, 4, 1)), name), *inputs), run(Dense(), *inputs)
     assert_equal(found, expected)
     assert drops == 0
@@ -214,12 +220,10 @@ def test_other_numbers_of_experts_and_choices(name, shape, count, k):
 def test_any_routing_of_any_numbers_equals_dense(method, tokens, shape, count, k):
     execution, experts = ExpertParallel(make_mesh(shape), method), draw_experts(count, HIDDEN, FFN)
     for seed in range(12):
-        random, case = np.random.default_rng(seed), make_case("random", tokens, seed, count, k)
-        popular = random.choice([0.0, 0.3, 3.0]) * random.random(count)
-        chosen = np.argsort(random.random((*tokens, count)) + popular, axis=-1)[..., :k]
-        mask = random.random(tokens) < random.choice([0.1, 0.6, 1.0])
-        routing = Routing(jnp.asarray(np.where(mask[..., None], chosen, count), jnp.int32), case.routing.weights)
-        inputs = (case.x, routing, jnp.asarray(mask))
+        random = np.random.default_rng(seed)
+        skew, real = random.choice([0.0, 0.3, 3.0]), random.choice([0.1, 0.6, 1.0])
+        case = skewed(make_case("random", tokens, seed, count, k), count, skew, real, random)
+        inputs = (case.x, case.routing, case.mask)
         # The output as its own cotangent: of one token the gradient of the weight is one sum, which must not cancel.
         (y, *_), _ = run(Dense(), *inputs, case.dy, experts)
         (found, drops), (expected, _) = run(execution, *inputs, y, experts), run(Dense(), *inputs, y, experts)

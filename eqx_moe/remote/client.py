@@ -13,6 +13,8 @@ from eqx_moe.errors import CheckpointError, quote
 
 T = TypeVar("T")
 
+#: Who sends a request, as the client's functions take it.
+SENDER: dict[str, Any] = {"library_name": "eqx_moe", "library_version": __version__}
 #: Seconds between tries.
 WAITS = (1.0, 2.0, 4.0, 8.0)
 #: Seconds for which an answer to a request about a repo is waited for.
@@ -72,7 +74,7 @@ def api(token: str | bool | None) -> Any:
     # What it is would be shown by the client as it fails, and must not be here.
     if sent is not None and not re.fullmatch("[!-~]+", sent):
         raise ValueError("`token` (or HF_TOKEN, or the login) must be printable ASCII and not empty; got another one.")
-    return HfApi(token=token, library_name="eqx_moe", library_version=__version__)
+    return HfApi(token=token, **SENDER)
 
 
 def retrying(call: Callable[[], T], waits: tuple[float, ...] = WAITS) -> T:

@@ -6,7 +6,7 @@ from typing import Any
 
 from eqx_moe.checkpoint.header import Entry, read_header
 from eqx_moe.errors import CheckpointError
-from eqx_moe.remote.client import TIMEOUT, retrying
+from eqx_moe.remote.client import SENDER, TIMEOUT, retrying
 
 # How many bytes are asked for first, which is all of most headers, and how many at most. A longer header is refused for
 # its length.
@@ -53,9 +53,7 @@ def _first_bytes(client: Any, repo: str, commit: str, shard: str, count: int, fi
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff, httpx
 
     url = hf_hub_url(repo, shard, revision=commit, endpoint=client.endpoint)
-    headers = build_hf_headers(
-        token=client.token, library_name=client.library_name, library_version=client.library_version
-    )
+    headers = build_hf_headers(token=client.token, **SENDER)
     headers |= {"range": f"bytes=0-{count - 1}", "accept-encoding": "identity"}
     file.seek(0)
     came = 0

@@ -115,7 +115,8 @@ def make_step(optimizer: optax.GradientTransformation) -> Step:
     went in. If the loss or a gradient is not finite, both come out as they went in. The metrics are those of `loss`,
     `grad_norm`, and `finite`, which says whether the update was made.
 
-    The step raises a `ValueError` if an array was given to an earlier step, or stands in two places.
+    Of a model that is not what the latest call returned, and of the state beside it, the step raises a `ValueError` if
+    an array was given to an earlier step or stands in two places.
     """
 
     @eqx.filter_jit(donate="all-except-first")
